@@ -1,0 +1,53 @@
+"""llmkit: download, run, serve and look inside large language models, at home in Jupyter.
+
+`import llmkit` is cheap on purpose (no torch, no transformers, no network): every public name is loaded when first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOMES = {  # public name -> the module it lives in (PEP 562)
+    "LLM": "llmkit.llm",
+    "SamplingParams": "llmkit.sampling_params",
+    "StructuredOutputs": "llmkit.sampling_params",
+    "RequestOutput": "llmkit.outputs",
+    "CompletionOutput": "llmkit.outputs",
+    "StreamChunk": "llmkit.outputs",
+    "EngineConfig": "llmkit.config",
+    "LlmkitError": "llmkit.errors",
+    "download": "llmkit.hub",
+    "check": "llmkit.notebook.checks",
+    "record": "llmkit.notebook.checks",
+    "show_source": "llmkit.notebook.source",
+}
+__all__ = [*_HOMES, "__version__"]
+
+if TYPE_CHECKING:
+    from llmkit.config import EngineConfig as EngineConfig
+    from llmkit.errors import LlmkitError as LlmkitError
+    from llmkit.hub import download as download
+    from llmkit.llm import LLM as LLM
+    from llmkit.notebook.checks import check as check
+    from llmkit.notebook.checks import record as record
+    from llmkit.notebook.source import show_source as show_source
+    from llmkit.outputs import CompletionOutput as CompletionOutput
+    from llmkit.outputs import RequestOutput as RequestOutput
+    from llmkit.outputs import StreamChunk as StreamChunk
+    from llmkit.sampling_params import SamplingParams as SamplingParams
+    from llmkit.sampling_params import StructuredOutputs as StructuredOutputs
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'llmkit' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

