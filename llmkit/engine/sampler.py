@@ -24,7 +24,7 @@ __all__ = ["History", "SampledTokens", "Sampler", "SamplingRows", "TopLogprobs",
 NO_TOKEN = -1  # nothing may follow (all masked), or the model said NaN
 _ONE = 2.0**40  # the integer weight of probability 1
 _HALF = 22  # a uniform has 2 * 22 bits: total (41 bits) times a half fits int64
-_WIDTHS = (256, 4096)  # how many candidates a filter looks at before it takes the whole vocabulary
+_WIDTHS = (256, 1024, 8192)  # how many candidates a filter looks at before it takes the whole vocabulary
 _NEVER = float("-inf")
 
 

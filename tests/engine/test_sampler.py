@@ -248,7 +248,7 @@ def every_quantile(logits, params, n):
     return draw_filtered(logits.repeat(n, 1), torch.full((n,), params.temperature), cuts).tolist()
 
 
-@pytest.mark.parametrize("width", [2, 4, 6, 50])
+@pytest.mark.parametrize("width", [2, 6, 7, 20, 50])
 def test_ties(width, monkeypatch):
     """top_k keeps what ties with the k-th; top_p counts tied tokens one by one, smaller ids first; whatever topk's order."""
     monkeypatch.setattr("llmkit.engine.sampler._WIDTHS", (width,))
@@ -270,11 +270,11 @@ def test_top_p_keeps_the_token_that_crosses_and_not_the_next():
 def test_a_flat_large_vocabulary_needs_every_fallback():
     vocab = 20_000
     logits = np.linspace(0, 0.5, vocab).astype(np.float32)
-    drawn = draws(logits, SamplingParams(top_p=0.5), 600)
+    drawn = draws(logits, SamplingParams(top_p=0.5), 200)
     want = reference_support(logits, SamplingParams(top_p=0.5))
-    assert want.sum() > 4096
+    assert want.sum() > 8192
     assert want[np.setdiff1d(drawn, np.flatnonzero(~want)[-2:])].all()  # the border may move by a rounding
-    assert drawn.min() < vocab - 4096
+    assert drawn.min() < vocab - 8192
 
 
 # --- drawing ------------------------------------------------------------------------------------------------------------
