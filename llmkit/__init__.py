@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import importlib
+import time
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -24,6 +25,7 @@ _HOMES = {  # public name -> the module it lives in (PEP 562)
     "record": "llmkit.notebook.checks",
     "show_source": "llmkit.notebook.source",
 }
+import_seconds: dict[str, float] = {}  # module -> what its first import cost; `LLM.startup_report()` shows it
 __all__ = [*_HOMES, "__version__"]
 
 if TYPE_CHECKING:
@@ -44,7 +46,9 @@ if TYPE_CHECKING:
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'llmkit' has no attribute {name!r}")
+    begin = time.perf_counter()
     value = getattr(importlib.import_module(_HOMES[name]), name)
+    import_seconds.setdefault(_HOMES[name], time.perf_counter() - begin)
     globals()[name] = value
     return value
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 
@@ -72,7 +73,7 @@ class StreamChunk:
     """A piece of a streamed answer. `print(chunk, end="")` prints its new text.
 
     text: what is new since the last chunk. token_ids: the new tokens. index: which of the n answers. finish_reason: set in the
-    last chunk of an answer. output: the whole request so far.
+    last chunk of an answer. logprobs: of the new tokens, when asked for. output(): the whole request so far.
     """
 
     text: str
@@ -80,7 +81,7 @@ class StreamChunk:
     index: int = 0
     finish_reason: str | None = None
     logprobs: list[dict[int, Logprob]] | None = None
-    output: RequestOutput | None = field(default=None, repr=False)
+    output: Callable[[], RequestOutput] | None = field(default=None, repr=False)
 
     def __str__(self) -> str:
         return self.text

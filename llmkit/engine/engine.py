@@ -1,0 +1,169 @@
+"""The engine: requests in, tokens out. `step()` is schedule, run, process; there is no second loop anywhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from llmkit.engine.batch import Batch, build_batch
+from llmkit.engine.kv_cache import BlockPool
+from llmkit.engine.memory import MemoryPlan
+from llmkit.engine.request import Request, Status
+from llmkit.engine.rows import Rows
+from llmkit.engine.runner import Runner, StepResult
+from llmkit.engine.sampler import NO_TOKEN
+from llmkit.engine.scheduler import Schedule, Scheduler
+from llmkit.models.decoder import Decoder
+
+
+@dataclass
+class StepOutput:
+    """What one step did. requests got one token each, token_ids int64 [R] in the same order; finished are those that ended."""
+
+    schedule: Schedule
+    batch: Batch
+    requests: list[Request]
+    token_ids: np.ndarray
+    finished: list[Request] = field(default_factory=list)
+
+
+class Engine:
+    """Owns the model, the KV cache and the requests. Not thread-safe: its owner holds a lock around every call.
+
+    token_text: how log-probabilities name their tokens.
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        plan: MemoryPlan,
+        dtype: torch.dtype,
+        *,
+        token_budget: int,
+        chunk_limit: int = 0,
+        caching: bool = True,
+        by_priority: bool = False,
+        token_text: Callable[[int], str] = str,
+    ) -> None:
+        self.model, self.plan, self.token_text = model, plan, token_text
+        self._new_rows = lambda: Rows(plan.max_num_seqs, plan.max_model_len, plan.block_size)
+        self._new_pool = lambda: BlockPool(plan.num_blocks, plan.block_size, caching)
+        self._new_scheduler = lambda: Scheduler(self.rows, self.pool, token_budget, chunk_limit, by_priority)
+        self.rows, self.pool = self._new_rows(), self._new_pool()
+        self.scheduler = self._new_scheduler()
+        self.runner = Runner(model, self.rows, plan.num_blocks, token_budget, dtype)
+        self.num_steps = self.num_prompt_tokens = self.num_generated_tokens = 0
+
+    # ---- requests
+
+    def add(self, request: Request) -> None:
+        """Queue a request (validated by its owner)."""
+        self.scheduler.add(request)
+
+    def abort(self, requests: Iterable[Request]) -> None:
+        """End these requests now; their blocks are free when this returns. Finished ones are left alone."""
+        for request in list(requests):
+            if not request.finished:
+                self.scheduler.finish(request, "abort")
+
+    def stop(self, request: Request, reason: str = "stop") -> None:
+        """End a request because its owner found a stop string."""
+        if not request.finished:
+            self.scheduler.finish(request, reason)
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_work
+
+    # ---- the loop
+
+    def step(self) -> StepOutput | None:
+        """Compute one batch; None when there is nothing to do."""
+        schedule = self.scheduler.schedule()
+        if schedule is None:
+            return None
+        batch = build_batch(self.rows, schedule.rows, schedule.num_new, schedule.num_decodes)
+        result = self.runner.run(batch, schedule)
+        return self._process(schedule, batch, result)
+
+    def _process(self, schedule: Schedule, batch: Batch, result: StepResult) -> StepOutput:
+        """Append the new tokens, remember full blocks, end what has ended."""
+        self.num_steps += 1
+        self.num_prompt_tokens += batch.num_tokens - batch.num_decodes
+        self.scheduler.computed(schedule)
+        for request, top in result.prompt_logprobs:
+            k = request.params.prompt_logprobs or 0
+            request.prompt_logprobs += [] if request.prompt_logprobs else [None]  # nothing precedes the first token
+            request.prompt_logprobs += [top.row(i, k, self.token_text) for i in range(len(top.ranks))]
+        if result.sampled is None:
+            return StepOutput(schedule, batch, [], np.empty(0, np.int64))
+        rows = batch.rows[batch.sampled]
+        token_ids = result.sampled.token_ids.cpu().numpy()
+        requests = [r for row in rows if (r := self.rows.requests[row]) is not None]
+        output = StepOutput(schedule, batch, requests, token_ids)
+        self._keep_logprobs(requests, result)
+        self._append(rows, token_ids, output)
+        return output
+
+    def _keep_logprobs(self, requests: list[Request], result: StepResult) -> None:
+        top = result.sampled.logprobs if result.sampled else None
+        if top is None:
+            return
+        for i, request in enumerate(requests):
+            if request.params.logprobs is not None:
+                request.logprobs.append(top.row(i, request.params.logprobs, self.token_text))
+
+    def _append(self, rows: np.ndarray, token_ids: np.ndarray, output: StepOutput) -> None:
+        now = time.monotonic()
+        self.num_generated_tokens += len(rows)
+        self.rows.append(rows, token_ids)
+        stopped, full = self.rows.ended(rows)
+        stopped |= self._grammars_ended(output.requests, token_ids)
+        failed = token_ids == NO_TOKEN
+        for i in np.flatnonzero(self.rows.num_tokens[rows] == self.rows.num_prompt[rows] + 1):
+            output.requests[i].metrics.first_token_time = now
+        for i in np.flatnonzero(stopped | full | failed):
+            request, token = output.requests[i], int(token_ids[i])
+            if stopped[i] and token in (request.params.stop_token_ids or []):
+                request.stop_reason = token
+            self.scheduler.finish(request, "error" if failed[i] else "stop" if stopped[i] else "length")
+            output.finished.append(request)
+
+    def _grammars_ended(self, requests: list[Request], token_ids: np.ndarray) -> np.ndarray:
+        ended = np.zeros(len(requests), bool)
+        for i, request in enumerate(requests):
+            if request.grammar is not None:
+                ended[i] = not request.grammar.accept(int(token_ids[i])) or request.grammar.finished
+        return ended
+
+    # ---- looking inside
+
+    def stats(self) -> dict[str, Any]:
+        """Counts of now and since the start."""
+        s = self.scheduler
+        return {
+            "running": len(s.running),
+            "waiting": s.num_waiting,
+            "kv_blocks_total": self.pool.num_usable,
+            "kv_blocks_free": self.pool.num_free,
+            "kv_blocks_cached": self.pool.num_cached,
+            "steps": self.num_steps,
+            "prompt_tokens": self.num_prompt_tokens,
+            "generated_tokens": self.num_generated_tokens,
+            "preemptions": s.num_preemptions,
+            "prefix_cache_queries": s.num_queried_tokens,
+            "prefix_cache_hits": s.num_hit_tokens,
+        }
+
+    def recover(self) -> None:
+        """After a step broke in the middle: end everything and start from an empty cache, so that the next call works."""
+        for request in self.scheduler.unfinished():
+            request.status, request.finish_reason = Status.FINISHED, "abort"
+        self.rows, self.pool = self._new_rows(), self._new_pool()
+        self.scheduler = self._new_scheduler()
+        self.runner.attach(self.rows)

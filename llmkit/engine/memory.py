@@ -1,0 +1,152 @@
+"""How much fits, and why: a plan that can be printed before anything goes wrong."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from llmkit.config import EngineConfig
+from llmkit.errors import OutOfMemoryError
+from llmkit.models.config import ModelConfig
+
+GiB = 1 << 30
+_CPU_KV_LIMIT = 4 * GiB  # a CPU decodes too slowly to fill more; kv_cache_memory= asks for more
+
+
+@dataclass
+class MemoryPlan:
+    """Where the device's memory goes. All sizes in bytes.
+
+    total: the device's, or the machine's. others: held by other processes and by what this one held before. weights,
+    activations (one step's intermediates), kv_cache. block_bytes: one KV block, all layers. num_blocks includes the one that
+    padding uses. notes: what was shrunk, and why.
+    """
+
+    device: str
+    total: int
+    others: int
+    weights: int
+    activations: int
+    block_bytes: int
+    block_size: int
+    num_blocks: int
+    max_model_len: int
+    max_num_seqs: int
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def kv_cache(self) -> int:
+        return self.num_blocks * self.block_bytes
+
+    @property
+    def kv_tokens(self) -> int:
+        """Tokens that the KV cache holds."""
+        return (self.num_blocks - 1) * self.block_size
+
+    @property
+    def free(self) -> int:
+        return max(0, self.total - self.others - self.weights - self.activations - self.kv_cache)
+
+    def parts(self) -> dict[str, int]:
+        """Label -> bytes, in the order of a stacked bar; they sum to `total` when the plan fits."""
+        return {"other processes": self.others, "weights": self.weights, "activations": self.activations,
+                "KV cache": self.kv_cache, "free": self.free}  # fmt: skip
+
+    def fixes(self) -> list[str]:
+        """Three ways to make more room."""
+        shorter = max(256, self.max_model_len // 2)
+        return [
+            f"a shorter context: max_model_len={shorter} needs {shorter * self.block_bytes / self.block_size / GiB:.2f} GiB a request",
+            f"fewer at once: max_num_seqs={max(1, self.max_num_seqs // 2)}",
+            "a smaller or quantised model, or dtype='bfloat16'",
+        ]
+
+    def __str__(self) -> str:
+        lines = [f"memory on {self.device} ({self.total / GiB:.1f} GiB)"]
+        lines += [f"  {name:<16}{size / GiB:8.2f} GiB  {'█' * round(30 * size / self.total)}" for name, size in self.parts().items()]
+        lines.append(
+            f"  {self.num_blocks - 1} blocks of {self.block_size} tokens = {self.kv_tokens:,} tokens: "
+            f"{self.kv_tokens / self.max_model_len:.1f} requests of {self.max_model_len:,} tokens"
+        )
+        lines += [f"  note: {n}" for n in self.notes]
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+def kv_block_bytes(model: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
+    """2 (keys, values) · layers · kv heads · head size · block size · bytes of a number."""
+    return model.kv_bytes_per_token * block_size * dtype.itemsize
+
+
+def plan_memory(
+    config: EngineConfig,
+    model: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    weights: int,
+    max_num_seqs: int,
+    max_tokens: int,
+    before: int,
+) -> MemoryPlan:
+    """Divide the memory. `before`: bytes in use on the device before this engine began. OutOfMemoryError carries the plan."""
+    total = device_total(device)
+    wanted_len = config.max_model_len or model.max_position
+    plan = MemoryPlan(
+        device=str(device), total=total, others=before, weights=weights,
+        activations=_activations(model, dtype, max_num_seqs, max_tokens),
+        block_bytes=kv_block_bytes(model, config.block_size, dtype), block_size=config.block_size,
+        num_blocks=0, max_model_len=wanted_len, max_num_seqs=max_num_seqs,
+    )  # fmt: skip
+    blocks_per_request = -(-wanted_len // config.block_size)
+    fits = int(_kv_budget(config, plan, device) // plan.block_bytes)
+    plan.num_blocks = config.num_kv_blocks or min(fits, blocks_per_request * max_num_seqs + 1)
+    if plan.num_blocks < 2:
+        raise OutOfMemoryError(f"no room for a KV cache\n{plan}", "; or ".join(plan.fixes()))
+    if plan.kv_tokens < wanted_len:
+        plan.max_model_len = plan.kv_tokens
+        plan.notes.append(f"max_model_len was shrunk from {wanted_len:,} to {plan.kv_tokens:,} tokens, which is what fits")
+    return plan
+
+
+def _activations(model: ModelConfig, dtype: torch.dtype, max_num_seqs: int, max_tokens: int) -> int:
+    """The widest moments of a step: the feed-forward of all its tokens, and float32 logits of all that sample (a few copies)."""
+    widest = 2 * model.intermediate_size + 4 * model.hidden_size + model.head_dim * (model.num_heads + 2 * model.num_kv_heads)
+    return max_tokens * widest * dtype.itemsize + 3 * max_num_seqs * model.vocab_size * 4
+
+
+def _kv_budget(config: EngineConfig, plan: MemoryPlan, device: torch.device) -> float:
+    if config.kv_cache_memory is not None:
+        return config.kv_cache_memory * GiB
+    left = plan.total - plan.others - plan.weights - plan.activations
+    if device.type == "cpu":
+        return min(left * 0.5, _CPU_KV_LIMIT)
+    return left - plan.total * (1 - config.gpu_memory_utilization)
+
+
+def device_total(device: torch.device) -> int:
+    """Bytes of the device, or of the machine; a container's limit counts as the machine's size."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    import psutil
+
+    return min([psutil.virtual_memory().total, *_cgroup("memory.max")])
+
+
+def device_used(device: torch.device) -> int:
+    """Bytes in use on the device by anybody; on a CPU what the system could not give to a new process."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return total - free
+    import psutil
+
+    memory = psutil.virtual_memory()
+    return memory.total - memory.available
+
+
+def _cgroup(name: str) -> list[int]:
+    path = Path("/sys/fs/cgroup") / name
+    text = path.read_text().strip() if path.exists() else "max"
+    return [int(text)] if text.isdigit() else []

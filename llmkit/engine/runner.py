@@ -1,0 +1,128 @@
+"""Runs a batch on the device: copy in, forward, sample."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from llmkit import ops
+from llmkit.engine.batch import Batch
+from llmkit.engine.request import Request
+from llmkit.engine.rows import Rows
+from llmkit.engine.sampler import History, SampledTokens, Sampler, SamplingRows, TopLogprobs, top_logprobs
+from llmkit.engine.scheduler import Schedule
+from llmkit.layers.attention import StepContext
+from llmkit.models.decoder import Decoder
+
+_LOGIT_ROWS = 256  # prompt logprobs: logits of at most so many positions at a time
+
+
+@dataclass
+class StepResult:
+    """sampled: one token for each of batch.sampled, None when there are none. prompt_logprobs: (request, its next positions)."""
+
+    sampled: SampledTokens | None
+    prompt_logprobs: list[tuple[Request, TopLogprobs]]
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Zeros, for masked reads must never meet a NaN. On a CPU by calloc: a page of the cache costs nothing until it is used,
+    where torch would write all of it (17 s for 4 GiB on two busy cores)."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
+
+
+class Runner:
+    """Owns the KV cache and the buffers whose addresses never change, so that a captured graph can replay over them.
+
+    kv_cache: [layers, 2, num_blocks, block_size, G, D]. input_ids, positions, slot_mapping: int64 [max_tokens].
+    last_token: int64 [rows], the newest token of each row; it is written by the sampler on the device and read by the next
+    step there, so that decoding never waits for the host.
+    """
+
+    def __init__(self, model: Decoder, rows: Rows, num_blocks: int, max_tokens: int, dtype: torch.dtype) -> None:
+        c, device = model.config, model.device
+        self.model, self.device = model, device
+        shape = (c.num_layers, 2, num_blocks, rows.block_size, c.num_kv_heads, c.head_dim)
+        self.kv_cache = _zeros(shape, dtype, device)
+        self.windows = set(c.windows)
+        self.input_ids, self.positions, self.slot_mapping = torch.zeros(3, max_tokens, dtype=torch.int64, device=device).unbind(0)
+        self.last_token = torch.zeros(len(rows.requests), dtype=torch.int64, device=device)
+        self.attach(rows)
+
+    def attach(self, rows: Rows) -> None:
+        """Serve these rows, with no sampling parameters yet."""
+        self.rows = rows
+        self.sampling = SamplingRows(len(rows.requests), self.model.config.vocab_size, self.device)
+        self.sampler = Sampler(self.sampling)
+        self.history = History(rows.token_ids, rows.num_prompt, rows.num_tokens)
+
+    @torch.inference_mode()
+    def run(self, batch: Batch, schedule: Schedule) -> StepResult:
+        """Compute the step's tokens and choose the next ones."""
+        self._copy_blocks(schedule.copies)
+        self._load_rows(schedule)
+        hidden = self._forward(batch)
+        asked = self._prompt_logprobs(batch, hidden)
+        if not batch.sampled.size:
+            return StepResult(None, asked)
+        logits = self.model.logits(hidden[self._index(batch.last_tokens)])
+        rows = batch.rows[batch.sampled]
+        sampled = self.sampler(logits, rows, self.history)
+        self.last_token[self._index(rows)] = sampled.token_ids
+        return StepResult(sampled, asked)
+
+    def _index(self, indices: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(indices).to(self.device)
+
+    def _copy_blocks(self, copies: list[tuple[int, int]]) -> None:
+        if copies:
+            source, target = torch.tensor(copies, device=self.device).unbind(1)
+            self.kv_cache[:, :, target] = self.kv_cache[:, :, source]
+
+    def _load_rows(self, schedule: Schedule) -> None:
+        """Unload rows that were given back; load what new ones need: sampling parameters, and their last known token."""
+        while self.rows.released:
+            self.sampling.clear(self.rows.released.pop())
+        for request in schedule.admitted:
+            row = request.row
+            self.sampling.set(row, request.params, seed=request.seed, stop_ids=request.stop_ids, bad_words=request.bad_words,
+                              grammar=request.grammar)  # fmt: skip
+            self.last_token[row] = int(self.rows.token_ids[row, self.rows.num_tokens[row] - 1])
+
+    def _forward(self, batch: Batch) -> torch.Tensor:
+        """Hidden states [T, hidden]."""
+        t, decodes = batch.num_tokens, batch.num_decodes
+        self.input_ids[:t].copy_(torch.from_numpy(batch.input_ids), non_blocking=True)
+        self.positions[:t].copy_(torch.from_numpy(batch.positions), non_blocking=True)
+        self.slot_mapping[:t].copy_(torch.from_numpy(batch.slot_mapping), non_blocking=True)
+        if decodes:
+            self.input_ids[:decodes] = self.last_token[self._index(batch.rows[:decodes])]
+        step = StepContext(*self.model.rotary.at(self.positions[:t]), self.slot_mapping[:t], self._plans(batch), self.kv_cache)
+        return self.model.forward(self.input_ids[:t], step)
+
+    def _plans(self, batch: Batch) -> dict[int | None, ops.AttentionPlan]:
+        size = self.rows.block_size
+        lengths = (batch.cu_seqlens, batch.context_lens, batch.block_tables)
+        return {window: ops.plan_attention(*lengths, size, window, self.device) for window in self.windows}
+
+    def _prompt_logprobs(self, batch: Batch, hidden: torch.Tensor) -> list[tuple[Request, TopLogprobs]]:
+        """For the requests that asked: position i of a prompt says how likely its token i+1 was."""
+        found: list[tuple[Request, TopLogprobs]] = []
+        for i, row in enumerate(batch.rows):
+            request = self.rows.requests[row]
+            if request is None or request.params.prompt_logprobs is None:
+                continue
+            start, end = int(batch.context_lens[i] - batch.num_new[i]), int(batch.context_lens[i])
+            offset = int(batch.cu_seqlens[i]) - start
+            first = max(start, len(request.prompt_logprobs) - 1, 0)  # after a preemption some are known already
+            for lo in range(first, min(end, len(request.prompt) - 1), _LOGIT_ROWS):
+                hi = min(lo + _LOGIT_ROWS, end, len(request.prompt) - 1)
+                targets = self._index(request.prompt[lo + 1 : hi + 1].astype(np.int64))
+                logits = self.model.logits(hidden[offset + lo : offset + hi])
+                found.append((request, top_logprobs(logits, targets, request.params.prompt_logprobs)))
+        return found

@@ -1,0 +1,252 @@
+"""Who runs in the next step, with how many tokens and which blocks.
+
+ONE budget of tokens a step, spent first on requests that decode (one token each), then on running prompts, then on waiting
+ones; a prompt may be cut into chunks, so prefill and decode share steps (continuous batching, Orca; chunked prefill, Sarathi-Serve).
+When blocks run out, the request that came last gives its blocks back and is computed again later (preemption by recompute).
+The one that came first is never preempted for a later one, so it always ends: nobody starves.
+"""
+
+from __future__ import annotations
+
+import heapq
+import time
+from bisect import insort
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from llmkit.engine.kv_cache import BlockPool, hash_blocks
+from llmkit.engine.request import Request, Status
+from llmkit.engine.rows import Rows
+
+
+@dataclass
+class Schedule:
+    """One step: rows int64 [S], the `num_decodes` that compute just their last token first; num_new int32 [S], how many tokens of
+    each to compute; copies: (from, to) blocks to copy before the step (a fork's last, partly filled block)."""
+
+    rows: np.ndarray
+    num_new: np.ndarray
+    num_decodes: int = 0
+    copies: list[tuple[int, int]] = field(default_factory=list)
+    preempted: list[Request] = field(default_factory=list)
+    admitted: list[Request] = field(default_factory=list)
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.num_new.sum())
+
+
+class Scheduler:
+    """The queue of waiting requests, the running ones, and the one decision a step."""
+
+    def __init__(self, rows: Rows, pool: BlockPool, token_budget: int, chunk_limit: int = 0, by_priority: bool = False) -> None:
+        self.rows, self.pool = rows, pool
+        self.token_budget = token_budget
+        self.chunk_limit = chunk_limit or token_budget
+        self.by_priority = by_priority
+        self.running: list[Request] = []  # in the order of `_key`
+        self._waiting: list[tuple[tuple[int, int], Request]] = []  # a heap; finished requests are skipped when met
+        self._arrivals = 0
+        self.num_preemptions = 0
+        self.num_queried_tokens = 0  # prompt tokens looked up in the prefix cache, and found there
+        self.num_hit_tokens = 0
+
+    def _key(self, request: Request) -> tuple[int, int]:
+        return (request.priority if self.by_priority else 0, request.arrival)
+
+    @property
+    def num_waiting(self) -> int:
+        return sum(not r.finished for _, r in self._waiting)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.running) or self._peek() is not None
+
+    def add(self, request: Request) -> None:
+        """Queue a new request; a fork waits for its parent's prompt."""
+        request.arrival = self._arrivals
+        self._arrivals += 1
+        parent = request.fork_of
+        if parent is not None and not parent.finished:
+            request.status = Status.HELD
+            parent.forks.append(request)
+        else:
+            self._enqueue(request)
+
+    def _enqueue(self, request: Request) -> None:
+        request.status = Status.WAITING
+        heapq.heappush(self._waiting, (self._key(request), request))
+
+    def _peek(self) -> Request | None:
+        while self._waiting and self._waiting[0][1].finished:
+            heapq.heappop(self._waiting)
+        return self._waiting[0][1] if self._waiting else None
+
+    def unfinished(self) -> list[Request]:
+        """Every request that is running, waiting, or held as a fork."""
+        known = [*self.running, *(r for _, r in self._waiting if not r.finished)]
+        return known + [f for r in known for f in r.forks if not f.finished]
+
+    # ---- one step
+
+    def schedule(self) -> Schedule | None:
+        """Decide the next step; None when nobody can run."""
+        result = Schedule(np.empty(0, np.int64), np.empty(0, np.int32))
+        rows, new = self._schedule_running(result)
+        if not result.preempted:  # who was just sent away must not be followed by somebody later
+            admitted = self._admit(result, self.token_budget - int(new.sum()))
+            rows = np.concatenate((rows, [r.row for r in result.admitted])).astype(np.int64)
+            new = np.concatenate((new, admitted)).astype(np.int32)
+        if not rows.size:
+            return None
+        decoding = (new == 1) & (self.rows.num_computed[rows] + 1 == self.rows.num_tokens[rows])
+        order = np.argsort(~decoding, kind="stable")
+        result.rows, result.num_new, result.num_decodes = rows[order], new[order], int(decoding.sum())
+        return result
+
+    def _schedule_running(self, result: Schedule) -> tuple[np.ndarray, np.ndarray]:
+        """Give running requests their tokens, those that decode first: (rows, new tokens of each)."""
+        requests = list(self.running)
+        rows = np.fromiter((r.row for r in requests), np.int64, len(requests))
+        left = self.rows.num_tokens[rows] - self.rows.num_computed[rows]
+        order = np.argsort(left > 1, kind="stable")
+        want = np.minimum(left, self.chunk_limit)[order]
+        new = np.clip(self.token_budget - (np.cumsum(want) - want), 0, want)
+        missing = self.rows.missing_blocks(rows[order], new)
+        for i in np.flatnonzero((missing > 0) & (new > 0)):
+            self._make_room(requests[order[i]], int(missing[i]), result)
+        keep = new > 0
+        if result.preempted:
+            keep &= np.fromiter((requests[i].status is Status.RUNNING for i in order), bool, len(order))
+        return rows[order][keep], new[keep]
+
+    def _make_room(self, request: Request, missing: int, result: Schedule) -> None:
+        """Get a running request its missing blocks, preempting the last to come, which may be itself."""
+        while request.status is Status.RUNNING and missing > self.pool.num_free:
+            victim = self.running[-1]
+            self._preempt(victim)
+            result.preempted.append(victim)
+        if request.status is Status.RUNNING:
+            self._hold(request, self.pool.allocate(missing))
+
+    def _hold(self, request: Request, blocks: list[int]) -> None:
+        request.blocks += blocks
+        self.rows.add_blocks(request.row, blocks)
+
+    def _preempt(self, request: Request) -> None:
+        self._leave(request)
+        self._enqueue(request)
+        self._release_forks(request)  # they must not wait for a request that waits itself
+        request.metrics.num_preemptions += 1
+        self.num_preemptions += 1
+
+    def _admit(self, result: Schedule, budget: int) -> list[int]:
+        """Start waiting requests while rows, blocks and budget last, strictly in order; the new tokens of each."""
+        new: list[int] = []
+        while budget > 0 and self.rows.num_free and (request := self._peek()) is not None:
+            start = self._place(request, result)
+            if start is None:
+                break
+            heapq.heappop(self._waiting)
+            new.append(min(int(self.rows.num_tokens[request.row]) - start, self.chunk_limit, budget))
+            budget -= new[-1]
+            result.admitted.append(request)
+        return new
+
+    def _place(self, request: Request, result: Schedule) -> int | None:
+        """Give a waiting request a row and blocks for all it has so far, sharing what is cached; None if they don't fit.
+
+        Returns how many of its tokens need not be computed.
+        """
+        tokens = request.tokens
+        shared, tail = self._find_shared(request, tokens)
+        total = -(-len(tokens) // self.pool.block_size)
+        needed = total - len(shared)
+        if needed > self.pool.num_free - (len(shared) - self.pool.num_held(shared)):
+            return None
+        self.pool.share(shared)
+        fresh = self.pool.allocate(needed)
+        start = len(shared) * self.pool.block_size
+        if tail is not None:
+            result.copies.append((tail, fresh[0]))
+            start = len(request.prompt) - 1
+        self._enter(request, shared + fresh, start)
+        self.rows.num_hashed[request.row] = len(shared)
+        if not len(request.generated):
+            request.num_cached = start
+            self.num_queried_tokens += len(tokens)
+            self.num_hit_tokens += start
+        return start
+
+    def _find_shared(self, request: Request, tokens: np.ndarray) -> tuple[list[int], int | None]:
+        """Blocks whose contents this request needs and somebody has computed: (full blocks, a partly filled one to copy).
+
+        The last token is always computed anew: its logits are wanted. Nothing is shared when the logits of the whole prompt are.
+        """
+        if request.params.prompt_logprobs is not None and len(request.prompt_logprobs) < len(request.prompt):
+            return [], None
+        size, parent = self.pool.block_size, request.fork_of
+        if parent is not None and parent.status is Status.RUNNING and not len(request.generated):
+            full, rest = divmod(len(request.prompt) - 1, size)
+            return parent.blocks[:full], parent.blocks[full] if rest else None
+        if not self.pool.caching:
+            return [], None
+        request.hashes += hash_blocks(tokens, size, request.hashes)
+        return self.pool.find(request.hashes[: (len(tokens) - 1) // size]), None
+
+    def _enter(self, request: Request, blocks: list[int], num_computed: int) -> None:
+        row = self.rows.take(request)
+        request.blocks = []
+        self._hold(request, blocks)
+        self.rows.num_computed[row] = num_computed
+        request.status = Status.RUNNING
+        request.metrics.scheduled_time = request.metrics.scheduled_time or time.monotonic()
+        insort(self.running, request, key=self._key)
+
+    # ---- after a step
+
+    def computed(self, schedule: Schedule) -> None:
+        """Record that a step's tokens are in the KV cache: remember full blocks, let forks of finished prompts go."""
+        rows, before = schedule.rows, self.rows.num_computed[schedule.rows]
+        self.rows.num_computed[rows] += schedule.num_new
+        full = self.rows.num_computed[rows] // self.pool.block_size
+        if self.pool.caching:
+            for row in rows[full > self.rows.num_hashed[rows]]:
+                self._remember(int(row))
+        prompt = self.rows.num_prompt[rows]
+        for row in rows[(before < prompt) & (self.rows.num_computed[rows] >= prompt)]:
+            request = self.rows.requests[row]
+            if request is not None:
+                self._release_forks(request)
+
+    def _remember(self, row: int) -> None:
+        request = self.rows.requests[row]
+        if request is None:
+            return
+        computed, size = int(self.rows.num_computed[row]), self.pool.block_size
+        request.hashes += hash_blocks(self.rows.token_ids[row, :computed], size, request.hashes)
+        for i in range(int(self.rows.num_hashed[row]), computed // size):
+            self.pool.remember(request.blocks[i], request.hashes[i])
+        self.rows.num_hashed[row] = computed // size
+
+    def _release_forks(self, request: Request) -> None:
+        for fork in request.forks:
+            if not fork.finished:
+                self._enqueue(fork)
+        request.forks = []
+
+    def finish(self, request: Request, reason: str) -> None:
+        """End a request wherever it is: its blocks and its row are free when this returns."""
+        if request.status is Status.RUNNING:
+            self._leave(request)
+        request.status, request.finish_reason = Status.FINISHED, reason
+        request.metrics.finished_time = time.monotonic()
+        self._release_forks(request)
+
+    def _leave(self, request: Request) -> None:
+        self.running.remove(request)
+        self.pool.free(request.blocks)
+        request.blocks = []
+        self.rows.give_back(request)
+        request.status = Status.WAITING

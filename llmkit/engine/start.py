@@ -1,0 +1,151 @@
+"""From options to a running engine, with the time of each stage."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmkit import ops
+from llmkit.config import EngineConfig
+from llmkit.engine.engine import Engine
+from llmkit.engine.memory import device_used, plan_memory
+from llmkit.errors import ConfigError
+from llmkit.models.config import ModelConfig, read_json
+from llmkit.models.decoder import Decoder
+from llmkit.models.weights import open_weights
+from llmkit.tokenizer import Tokenizer
+
+logger = logging.getLogger("llmkit")
+
+_DEFAULT_SEQS = {"cpu": 128, "mps": 64, "cuda": 256}
+_DEFAULT_BUDGET = {"cpu": 2048, "mps": 2048, "cuda": 8192}
+
+
+@dataclass
+class StartupReport:
+    """Seconds of each stage of a start, in order, and what was chosen."""
+
+    stages: dict[str, float] = field(default_factory=dict)
+    facts: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def total(self) -> float:
+        """Seconds in all."""
+        return sum(self.stages.values())
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time a stage."""
+        begin = time.perf_counter()
+        yield
+        self.stages[name] = self.stages.get(name, 0.0) + time.perf_counter() - begin
+
+    def __str__(self) -> str:
+        width = max(map(len, [*self.stages, *self.facts]), default=0)
+        lines = [f"ready in {self.total:.2f} s"]
+        lines += [f"  {name:<{width}} {seconds:7.3f} s  {'█' * round(24 * seconds / self.total)}" for name, seconds in self.stages.items()]
+        return "\n".join(lines + [f"  {name:<{width}} {fact}" for name, fact in self.facts.items()])
+
+    __repr__ = __str__
+
+
+@dataclass
+class Started:
+    """A running engine and what belongs to it. generation_config: the model's own sampling defaults (may be empty)."""
+
+    config: EngineConfig
+    model_config: ModelConfig
+    folder: Path
+    tokenizer: Tokenizer
+    engine: Engine
+    generation_config: dict[str, Any]
+    report: StartupReport
+
+
+def start_engine(config: EngineConfig, report: StartupReport | None = None) -> Started:
+    """Resolve, read, load, plan. Every error is typed and names its cause; nothing is left behind on failure."""
+    from llmkit import hub
+
+    report = report or StartupReport()
+    with report.stage("find the model"):
+        where = {"source": config.source, "revision": config.revision, "cache_dir": config.download_dir}
+        folder = hub.resolve(config.model, **where)
+        model_config = ModelConfig.from_folder(folder)
+    with report.stage("tokenizer"):
+        home = hub.resolve(config.tokenizer, **where) if config.tokenizer else folder
+        tokenizer = Tokenizer.from_folder(home, config.trust_remote_code)
+    with report.stage("device"):
+        device = choose_device(config.device)
+        dtype = choose_dtype(config.dtype, model_config.dtype, device)
+        used_before = device_used(device)
+    with report.stage("weights"):
+        model = _load(config, model_config, folder, dtype, device)
+    with report.stage("KV cache"):
+        engine = _build(config, model, dtype, used_before, tokenizer)
+    report.facts |= {"model": str(folder), "runs on": f"{ops.describe(device)}, {str(dtype).removeprefix('torch.')}"}
+    for note in engine.plan.notes:
+        logger.warning(note)
+    generation = folder / "generation_config.json"
+    defaults = read_json(generation) if generation.exists() else {}
+    return Started(config, model_config, folder, tokenizer, engine, defaults, report)
+
+
+def choose_device(name: str) -> torch.device:
+    """"auto" takes a GPU when there is one."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    present = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not present[name]:
+        raise ConfigError(f"device={name!r} was asked for, but torch sees none", "use device='auto', or check the driver")
+    return torch.device(name)
+
+
+def choose_dtype(asked: str, weights: str, device: torch.device) -> torch.dtype:
+    """"auto" keeps the weights' own dtype where the device multiplies it natively, else float32 (CPU) or float16."""
+    if asked != "auto":
+        return getattr(torch, asked)
+    name = weights if weights in ("bfloat16", "float16", "float32") else "bfloat16"
+    if device.type == "cpu":
+        return torch.bfloat16 if name != "float32" and ops.cpu_supports_bf16() else torch.float32
+    if device.type == "cuda" and name != "float16" and torch.cuda.is_bf16_supported():
+        return torch.bfloat16
+    return torch.float16
+
+
+def _load(config: EngineConfig, model: ModelConfig, folder: Path, dtype: torch.dtype, device: torch.device) -> Decoder:
+    weights = open_weights(folder, config.load_format, dtype, config.seed)
+    try:
+        return Decoder(model, weights, dtype, device, min(config.max_model_len or model.max_position, model.max_position))
+    finally:
+        weights.close()
+
+
+def _build(config: EngineConfig, model: Decoder, dtype: torch.dtype, used_before: int, tokenizer: Tokenizer) -> Engine:
+    longest = model.config.max_position
+    if config.max_model_len and config.max_model_len > longest:
+        raise ConfigError(f"max_model_len={config.max_model_len} is longer than the model's {longest} positions",
+                          f"use max_model_len={longest} or leave it out")  # fmt: skip
+    kind = model.device.type
+    seqs = config.max_num_seqs or min(_DEFAULT_SEQS[kind], config.max_num_batched_tokens or _DEFAULT_SEQS[kind])
+    budget = config.max_num_batched_tokens or max(_DEFAULT_BUDGET[kind], seqs)
+    if budget < seqs:
+        raise ConfigError(f"max_num_batched_tokens={budget} is less than max_num_seqs={seqs}: a step must hold a token of each",
+                          f"use max_num_seqs={budget} or more tokens")  # fmt: skip
+    plan = plan_memory(config, model.config, dtype, model.device, model.weight_bytes, seqs, budget, used_before)
+    return Engine(
+        model,
+        plan,
+        dtype,
+        token_budget=budget,
+        chunk_limit=config.long_prefill_token_threshold,
+        caching=config.enable_prefix_caching,
+        by_priority=config.scheduling_policy == "priority",
+        token_text=tokenizer.token_text,
+    )

@@ -1,0 +1,140 @@
+"""One prompt on its way: its requests in the engine, their text on this side."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from llmkit.detokenizer import Detokenizer
+from llmkit.engine.request import Request
+from llmkit.outputs import CompletionOutput, RequestOutput, StreamChunk
+from llmkit.sampling_params import SamplingParams
+from llmkit.tokenizer import Tokenizer
+
+
+@dataclass(eq=False)
+class Answer:
+    """One of the n answers: a request, its tokens as they came, and its text.
+
+    live: text is made token by token, because somebody reads along or a stop string must be found; otherwise once, at the end.
+    new_text, new_tokens: what has not been sent to a reader yet.
+    """
+
+    request: Request
+    index: int
+    detokenizer: Detokenizer
+    live: bool
+    token_ids: list[int] = field(default_factory=list)
+    new_text: str = ""
+    new_tokens: list[int] = field(default_factory=list)
+    num_spelled: int = 0
+    num_sent_logprobs: int = 0
+
+    def take(self, token: int) -> None:
+        """One more token."""
+        self.token_ids.append(token)
+        self.new_tokens.append(token)
+        if self.live and not self.request.finished:
+            self._spell(len(self.token_ids))
+
+    def close(self) -> None:
+        """Make the rest of the text, once the request has ended. The token that ended it is not part of the text."""
+        request, tokens = self.request, self.token_ids
+        if not request.params.detokenize:
+            return
+        by_token = request.finish_reason == "stop" and self.stop_string is None and tokens and tokens[-1] in request.stop_ids
+        hidden = 1 if by_token and not request.params.include_stop_str_in_output else 0
+        self._spell(len(tokens) - hidden)
+        self.new_text += self.detokenizer.flush()
+
+    def _spell(self, end: int) -> None:
+        self.new_text += self.detokenizer.push(self.token_ids[self.num_spelled : end])
+        self.num_spelled = end
+
+    @property
+    def stop_string(self) -> str | None:
+        return self.detokenizer.stop_reason
+
+    def output(self) -> CompletionOutput:
+        """Everything so far."""
+        request = self.request
+        logprobs = request.logprobs[: len(self.token_ids)] if request.params.logprobs is not None else None
+        total = None if logprobs is None else sum(entry[t].logprob for entry, t in zip(logprobs, self.token_ids))
+        return CompletionOutput(
+            index=self.index,
+            text=self.detokenizer.text,
+            token_ids=list(self.token_ids),
+            cumulative_logprob=total,
+            logprobs=logprobs,
+            finish_reason=request.finish_reason,
+            stop_reason=self.stop_string or request.stop_reason,
+        )
+
+
+class Job:
+    """A prompt and its n answers. Streamed pieces go to `notify`, or wait in `chunks`."""
+
+    def __init__(
+        self,
+        prompt: str | None,
+        requests: list[Request],
+        tokenizer: Tokenizer,
+        streaming: bool = False,
+        notify: Callable[[StreamChunk], None] | None = None,
+    ) -> None:
+        self.prompt, self.requests, self.streaming = prompt, requests, streaming
+        self.chunks: deque[StreamChunk] = deque()
+        self._notify = notify or self.chunks.append
+        params = requests[0].params
+        live = params.detokenize and (streaming or bool(params.stop))
+        ids = requests[0].prompt.tolist()
+        self.answers = {r: Answer(r, i, Detokenizer(tokenizer, r.params, ids), live) for i, r in enumerate(requests)}
+
+    @property
+    def params(self) -> SamplingParams:
+        return self.requests[0].params
+
+    @property
+    def finished(self) -> bool:
+        return all(r.finished for r in self.requests)
+
+    def take(self, request: Request, token: int) -> bool:
+        """One new token of a request; True when a stop string now ends it, which the caller tells the engine."""
+        answer = self.answers[request]
+        answer.take(token)
+        if request.finished or answer.stop_string is not None:
+            return not request.finished
+        if self.streaming:
+            self._send(answer)
+        return False
+
+    def close(self, request: Request) -> None:
+        """The request has ended: make the rest of its text and send the last piece."""
+        answer = self.answers[request]
+        answer.close()
+        if self.streaming:
+            self._send(answer)
+
+    def _send(self, answer: Answer) -> None:
+        logprobs = None
+        if self.params.logprobs is not None:
+            logprobs = answer.request.logprobs[answer.num_sent_logprobs :]
+            answer.num_sent_logprobs = len(answer.request.logprobs)
+        chunk = StreamChunk(answer.new_text, answer.new_tokens, answer.index, answer.request.finish_reason, logprobs, self.output)
+        answer.new_text, answer.new_tokens = "", []
+        self._notify(chunk)
+
+    def output(self) -> RequestOutput:
+        """Everything so far."""
+        first = self.requests[0]
+        return RequestOutput(
+            request_id=first.id,
+            prompt=self.prompt,
+            prompt_token_ids=first.prompt.tolist(),
+            outputs=[a.output() for a in self.answers.values()],
+            finished=self.finished,
+            prompt_logprobs=first.prompt_logprobs if first.params.prompt_logprobs is not None else None,
+            num_cached_tokens=first.num_cached,
+            metrics=first.metrics,
+        )

@@ -1,0 +1,18 @@
+"""Linear layers."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from llmkit import ops
+
+
+class Linear:
+    """y = x Wᵀ + b for x [T, in], W [out, in]. The weight is handed over for good: it may be packed for this machine."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        self.out_features, self.in_features = weight.shape
+        self.run = ops.linear(weight, bias)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.run(x)

@@ -1,0 +1,1 @@
+"""Models: config.json -> `ModelConfig`, weight files -> tensors, and the decoder that runs them."""

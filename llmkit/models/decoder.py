@@ -1,0 +1,120 @@
+"""One decoder for the Llama family: Llama, Mistral, Qwen2/2.5, Qwen3, SmolLM2/3, Phi-3, by config."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llmkit.layers.attention import Attention, StepContext
+from llmkit.layers.embedding import Embedding, LMHead
+from llmkit.layers.linear import Linear
+from llmkit.layers.mlp import GatedMLP
+from llmkit.layers.norm import RMSNorm
+from llmkit.layers.rotary import RotaryEmbedding
+from llmkit.models.config import ModelConfig
+from llmkit.models.weights import WeightSource
+
+
+@dataclass
+class DecoderLayer:
+    """Pre-norm attention and feed-forward, each added to the residual stream."""
+
+    input_norm: RMSNorm
+    attention: Attention
+    post_norm: RMSNorm
+    mlp: GatedMLP
+
+    def __call__(self, x: Tensor, step: StepContext) -> Tensor:
+        x = x + self.attention(self.input_norm(x), step)
+        return x + self.mlp(self.post_norm(x))
+
+
+class Decoder:
+    """Embedding, layers, final norm, output matrix. Built straight from a weight source: no empty model is made first."""
+
+    def __init__(
+        self, config: ModelConfig, weights: WeightSource, dtype: torch.dtype, device: torch.device, max_len: int
+    ) -> None:
+        self.config, self.device = config, device
+        load = _Loader(config, weights, dtype, device)
+        self.rotary = RotaryEmbedding(config.rope, max_len, dtype, device)
+        embedding = load.tensor("model.embed_tokens.weight", config.vocab_size, config.hidden_size)
+        self.embedding = Embedding(embedding)
+        self.layers = [load.layer(i) for i in range(config.num_layers)]
+        self.norm = load.norm("model.norm.weight", config.hidden_size)
+        tied = config.tie_embeddings or not weights.has("lm_head.weight")
+        head = embedding if tied else load.tensor("lm_head.weight", config.vocab_size, config.hidden_size)
+        self.lm_head = LMHead(head)
+        self.weight_bytes = load.bytes
+
+    def forward(self, input_ids: Tensor, step: StepContext) -> Tensor:
+        """input_ids: int64 [T] -> hidden states [T, hidden], normed. Writes the step's keys and values."""
+        x = self.embedding(input_ids)
+        for layer in self.layers:
+            x = layer(x, step)
+        return self.norm(x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [R, hidden] -> float32 [R, vocab]."""
+        return self.lm_head(hidden)
+
+
+class _Loader:
+    """Pulls tensors by their checkpoint names, checks their shapes against the config, merges and places them."""
+
+    def __init__(self, config: ModelConfig, weights: WeightSource, dtype: torch.dtype, device: torch.device) -> None:
+        self.config, self.weights, self.dtype, self.device, self.bytes = config, weights, dtype, device, 0
+
+    def tensor(self, name: str, *shape: int) -> Tensor:
+        return self._place(self.weights.get(name, shape))
+
+    def norm(self, name: str, size: int) -> RMSNorm:
+        return RMSNorm(self.tensor(name, size), self.config.norm_eps)
+
+    def linear(self, names: list[str], rows: list[int], columns: int, bias: bool) -> Linear:
+        """One matrix from several of `rows` rows each, stacked."""
+        weight = self._merge([self.weights.get(f"{n}.weight", (r, columns)) for n, r in zip(names, rows)])
+        return Linear(weight, self._merge([self.weights.get(f"{n}.bias", (r,)) for n, r in zip(names, rows)]) if bias else None)
+
+    def _merge(self, parts: list[Tensor]) -> Tensor:
+        return self._place(parts[0] if len(parts) == 1 else torch.cat([p.to(self.dtype) for p in parts]))
+
+    def _place(self, tensor: Tensor) -> Tensor:
+        placed = tensor.to(self.device, self.dtype)
+        self.bytes += placed.numel() * placed.element_size()
+        return placed
+
+    def layer(self, i: int) -> DecoderLayer:
+        c, prefix = self.config, f"model.layers.{i}."
+        return DecoderLayer(
+            input_norm=self.norm(prefix + "input_layernorm.weight", c.hidden_size),
+            attention=self._attention(i, prefix + "self_attn."),
+            post_norm=self.norm(prefix + "post_attention_layernorm.weight", c.hidden_size),
+            mlp=self._mlp(prefix + "mlp."),
+        )
+
+    def _attention(self, i: int, prefix: str) -> Attention:
+        c = self.config
+        q, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+        names, rows = (["qkv_proj"], [q + 2 * kv]) if c.fused_checkpoint else (["q_proj", "k_proj", "v_proj"], [q, kv, kv])
+        return Attention(
+            layer=i,
+            num_heads=c.num_heads,
+            num_kv_heads=c.num_kv_heads,
+            head_dim=c.head_dim,
+            qkv=self.linear([prefix + n for n in names], rows, c.hidden_size, c.qkv_bias),
+            o=self.linear([prefix + "o_proj"], [c.hidden_size], q, c.o_bias),
+            q_norm=self.norm(prefix + "q_norm.weight", c.head_dim) if c.qk_norm else None,
+            k_norm=self.norm(prefix + "k_norm.weight", c.head_dim) if c.qk_norm else None,
+            window=c.windows[i],
+            rotary=c.rotary_layers[i],
+        )
+
+    def _mlp(self, prefix: str) -> GatedMLP:
+        c = self.config
+        size = c.intermediate_size
+        names, rows = (["gate_up_proj"], [2 * size]) if c.fused_checkpoint else (["gate_proj", "up_proj"], [size, size])
+        gate_up = self.linear([prefix + n for n in names], rows, c.hidden_size, c.mlp_bias)
+        return GatedMLP(gate_up, self.linear([prefix + "down_proj"], [c.hidden_size], size, c.mlp_bias))

@@ -1,0 +1,149 @@
+"""From what a user passes to requests that can run; everything that cannot run is refused here, before anything is queued."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from llmkit.engine.grammar import Grammar
+from llmkit.engine.request import Request
+from llmkit.engine.sampling_rows import check_token_ids
+from llmkit.engine.start import Started
+from llmkit.errors import InvalidRequestError
+from llmkit.sampling_params import SamplingParams
+
+Prompt = str | Sequence[int] | Mapping[str, Any]
+
+
+def as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """One prompt or many -> a list of prompts. A list of integers is ONE prompt, of token ids."""
+    if isinstance(prompts, (str, Mapping)) or _is_token_ids(prompts):
+        return [prompts]
+    if isinstance(prompts, Sequence):
+        return list(prompts)
+    raise InvalidRequestError(f"a prompt is text, a list of token ids, or a list of these; got {type(prompts).__name__}", param="prompt")
+
+
+def _is_token_ids(value: Any) -> bool:
+    if isinstance(value, np.ndarray):
+        return value.ndim == 1 and np.issubdtype(value.dtype, np.integer)
+    return isinstance(value, Sequence) and bool(value) and all(isinstance(t, (int, np.integer)) for t in value)
+
+
+class RequestBuilder:
+    """Validates and tokenises for one engine."""
+
+    def __init__(self, started: Started) -> None:
+        self._tokenizer, self._config = started.tokenizer, started.config
+        self._vocab_size = started.model_config.vocab_size
+        self._max_len = started.engine.plan.max_model_len
+        self.eos_ids = _eos_ids(started)
+        self.defaults = default_params(started)
+        self._ids = itertools.count()
+
+    def build(
+        self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None, priority: int = 0,
+        add_special_tokens: bool = True,
+    ) -> list[tuple[str | None, list[Request]]]:  # fmt: skip
+        """For each prompt its text and its n requests, the first of which the others are forks of."""
+        texts = [self._text(p) for p in prompts]
+        ids = iter(self._tokenizer.encode_batch([t for t in texts if t is not None], add_special_tokens))
+        tokens = [next(ids) if text is not None else self._token_ids(p) for text, p in zip(texts, prompts)]
+        each = self._params(params, len(tokens))
+        return [(text, self._requests(t, p, priority)) for text, t, p in zip(texts, tokens, each)]
+
+    @staticmethod
+    def _text(prompt: Prompt) -> str | None:
+        if isinstance(prompt, Mapping):
+            prompt = prompt.get("prompt") if "prompt_token_ids" not in prompt else []
+            if not isinstance(prompt, (str, list)):
+                raise InvalidRequestError("a prompt dict needs 'prompt' (text) or 'prompt_token_ids'", param="prompt")
+        return prompt if isinstance(prompt, str) else None
+
+    def _token_ids(self, prompt: Prompt) -> list[int]:
+        ids = prompt["prompt_token_ids"] if isinstance(prompt, Mapping) else prompt
+        if not _is_token_ids(ids) and not (isinstance(ids, Sequence) and not isinstance(ids, str) and len(ids) == 0):
+            raise InvalidRequestError(f"a prompt is text or a list of token ids; got {type(ids).__name__}", param="prompt")
+        bad = next((t for t in ids if not 0 <= int(t) < self._vocab_size), None)
+        if bad is not None:
+            raise InvalidRequestError(f"token id {bad} is outside the vocabulary (0 to {self._vocab_size - 1})", param="prompt")
+        return [int(t) for t in ids]
+
+    def _params(self, params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
+        if params is None:
+            return [self.defaults] * count
+        if isinstance(params, SamplingParams):
+            return [params] * count
+        if not isinstance(params, Sequence) or not all(isinstance(p, SamplingParams) for p in params):
+            raise InvalidRequestError("sampling_params must be a SamplingParams or a list of them", param="sampling_params")
+        if len(params) != count:
+            raise InvalidRequestError(f"{count} prompts but {len(params)} sampling_params", param="sampling_params")
+        return list(params)
+
+    def _requests(self, tokens: list[int], params: SamplingParams, priority: int) -> list[Request]:
+        self._check(tokens, params)
+        base = f"req-{next(self._ids)}"
+        stops = tuple(dict.fromkeys([*(() if params.ignore_eos else self.eos_ids), *(params.stop_token_ids or ())]))
+        seed = params.seed if params.seed is not None else _fresh_seed(self._config.seed, base)
+        grammar = self._grammar(params)
+        prompt = np.array(tokens, np.int32)
+        total = self._max_len if params.max_tokens is None else min(self._max_len, len(tokens) + params.max_tokens)
+        first: Request | None = None
+        requests: list[Request] = []
+        for i in range(params.n):
+            request = Request(
+                id=base if i == 0 else f"{base}/{i}", prompt=prompt, params=params, stop_ids=stops,
+                bad_words=self._bad_words(params.bad_words), grammar=grammar.copy() if grammar else None,
+                seed=seed + i, max_total=total, priority=priority, fork_of=first,
+            )  # fmt: skip
+            first = first or request
+            requests.append(request)
+        return requests
+
+    def _check(self, tokens: list[int], params: SamplingParams) -> None:
+        if not tokens:
+            raise InvalidRequestError("the prompt is empty", "give at least one character or one token id", param="prompt")
+        if len(tokens) >= self._max_len:
+            raise InvalidRequestError(
+                f"the prompt has {len(tokens)} tokens, and with at least one answer token it must fit a context of {self._max_len}",
+                f"shorten it, or load the model with max_model_len > {len(tokens)}", param="prompt",
+            )  # fmt: skip
+        limit = self._config.max_logprobs
+        for name in ("logprobs", "prompt_logprobs"):
+            asked = getattr(params, name)
+            if asked is not None and limit >= 0 and (asked > limit or asked < 0):
+                raise InvalidRequestError(f"{name}={asked} is more than this engine's max_logprobs={limit}",
+                                          f"load the model with max_logprobs={asked}", param=name)  # fmt: skip
+        check_token_ids(params, self._vocab_size)
+
+    def _grammar(self, params: SamplingParams) -> Grammar | None:
+        if params.structured_outputs is None:
+            return None
+        return Grammar.compile(params.structured_outputs, self._tokenizer, self._vocab_size, self.eos_ids or None)
+
+    def _bad_words(self, words: Iterable[str] | None) -> list[list[int]]:
+        """Each word alone and after a space: tokenizers spell the two differently."""
+        spelled = [self._tokenizer.encode(form, add_special_tokens=False) for w in words or () for form in (w, " " + w.lstrip())]
+        return [list(t) for t in dict.fromkeys(map(tuple, spelled)) if t]
+
+
+def _eos_ids(started: Started) -> tuple[int, ...]:
+    """Every id that the model's files call the end: generation_config.json may name several (Llama 3, Qwen)."""
+    named = started.generation_config.get("eos_token_id")
+    ids = [*started.model_config.eos_token_ids, *(named if isinstance(named, list) else [named]), started.tokenizer.eos_token_id]
+    return tuple(dict.fromkeys(int(i) for i in ids if i is not None))
+
+
+def default_params(started: Started) -> SamplingParams:
+    """What a call without SamplingParams means: the model's own generation_config.json, as in vLLM."""
+    own = started.generation_config if started.config.generation_config == "auto" else {}
+    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+    return SamplingParams(**{n: own[n] for n in names if own.get(n) is not None})
+
+
+def _fresh_seed(engine_seed: int, request_id: str) -> int:
+    """A seed for a request that brings none: the engine's seed and the request's number decide, so a script repeats."""
+    return (engine_seed << 32) + int(request_id.removeprefix("req-")) * 1_000_003
