@@ -308,7 +308,7 @@ def _add_run(commands: Any) -> None:
 def _run(args: argparse.Namespace) -> int:
     from llmkit.notebook.run import run_notebook
 
-    listener, results = _show_output if args.verbose else None, []
+    listener, results = Screen() if args.verbose else None, []
     for notebook in args.notebooks:
         results.append(run_notebook(notebook, _notebook_parameters(args, notebook), args.out, listener))
         print(result_line(results[-1]), flush=True)
@@ -328,9 +328,19 @@ def show_path(path: Path) -> str:
     return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
 
-def _show_output(output: Any) -> None:
-    if text := output_text(output):
-        print(text, end="", flush=True)
+class Screen:
+    """Shows a running notebook in the terminal; what follows a streamed answer begins on a line of its own."""
+
+    def __init__(self) -> None:
+        self.unfinished = False  # the cursor stands behind text
+
+    def __call__(self, output: Any) -> None:
+        text = output_text(output) if output else ""
+        if self.unfinished and (output is None or (text and output["output_type"] != "stream")):
+            text = "\n" + text
+        if text:
+            self.unfinished = not text.endswith("\n")
+            print(text, end="", flush=True)
 
 
 def output_text(output: Any) -> str:

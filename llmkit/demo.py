@@ -19,7 +19,7 @@ NOTEBOOK = "02_offline_generate.ipynb"
 
 def demo(out_dir: str | os.PathLike[str] = "runs") -> int:
     """Run the demo; 0 when every check of the notebook holds, else 1. The executed notebook is left in `out_dir`."""
-    from llmkit.cli import output_text, show_path
+    from llmkit.cli import Screen, show_path
     from llmkit.hub import resolve
     from llmkit.notebook.run import notebook_parameters, run_notebook
 
@@ -29,7 +29,7 @@ def demo(out_dir: str | os.PathLike[str] = "runs") -> int:
     start = time.perf_counter()
     print(f"   {resolve(DEFAULT_MODEL)} ({time.perf_counter() - start:.1f} s)")
     print(f"2. Running {show_path(notebook)}\n", flush=True)
-    result = run_notebook(notebook, parameters, out_dir, on_output=lambda o: print(output_text(o), end="", flush=True))
+    result = run_notebook(notebook, parameters, out_dir, on_output=Screen())
     print(summary(result))
     return 0 if result.ok else 1
 

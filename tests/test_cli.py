@@ -280,6 +280,17 @@ def test_run_passes_parameters_and_reports(course, capsys):
     assert out.endswith(f" · runs/{demo.NOTEBOOK}\n")
 
 
+def test_what_follows_a_streamed_answer_begins_a_line(capsys):
+    screen = cli.Screen()
+    stream = {"output_type": "stream", "name": "stdout"}
+    picture = {"output_type": "display_data", "data": {"image/png": "", "text/plain": "<Figure>"}}
+    check = {"output_type": "display_data", "data": {"text/plain": "✓ c"}}
+    pieces = [stream | {"text": text} for text in ("a", "b", "d", "e\n")]
+    for output in (*pieces[:2], picture, check, pieces[2], None, None, pieces[3], stream | {"name": "stderr", "text": "f"}):
+        screen(output)
+    assert capsys.readouterr().out == "ab\n✓ c\nd\ne\n"
+
+
 def test_run_fails_when_a_check_does_and_goes_on_to_the_next(course, capsys):
     (course / "03.ipynb").write_bytes((course / demo.NOTEBOOK).read_bytes())
     code, out, _ = run(capsys, "run", f"notebooks/{demo.NOTEBOOK}", "notebooks/03.ipynb", "--seed=9", "--out", "elsewhere")

@@ -18,7 +18,7 @@ import llmkit
 from llmkit.errors import LlmkitError, UnknownOptionError, did_you_mean
 from llmkit.notebook.checks import RESULTS_VARIABLE, read_scraps
 
-OnOutput = Callable[[Mapping[str, Any]], None]
+OnOutput = Callable[[Mapping[str, Any] | None], None]  # each output as it comes, None at the end of a cell
 
 
 class NotebookNotFoundError(LlmkitError, FileNotFoundError):
@@ -52,7 +52,8 @@ def run_notebook(path: str | os.PathLike[str], parameters: Mapping[str, Any] | N
     """Execute the notebook at `path` into `out_dir`, and say what it recorded. A failed run keeps the executed notebook.
 
     parameters: values for names of the notebook's `parameters` cell; another name raises UnknownOptionError. A parameter called
-    `out_dir` is given the folder of the run. on_output: called with each output (nbformat) as it comes, for a live view.
+    `out_dir` is given the folder of the run. on_output: called with each output (nbformat) as it comes, and with None at the end
+    of a cell; a display that is updated comes once, at the end, in its last state.
     """
     source, out = Path(path).resolve(), Path(out_dir).resolve()
     known = notebook_parameters(source)
@@ -125,7 +126,8 @@ def _execute(source: Path, executed: Path, parameters: dict[str, Any], environme
     try:
         papermill.execute_notebook(
             _unformatted(source), _unformatted(executed), parameters=parameters, engine_name="llmkit", kernel_name="python3",
-            language="python", progress_bar=False, cwd=str(source.parent), environment=environment, on_output=on_output)
+            language="python", progress_bar=False, cwd=str(source.parent), environment=environment,
+            on_output=on_output or (lambda output: None))
     except papermill.PapermillExecutionError as e:
         return f"{e.ename}: {e.evalue}" if e.evalue else str(e.ename)
     except (DeadKernelError, CellTimeoutError) as e:
@@ -144,20 +146,31 @@ def _register_engine() -> None:
     from papermill.engines import NBClientEngine, papermill_engines
 
     class LiveClient(PapermillNotebookClient):
-        listener: OnOutput | None = None
+        def __init__(self, listener: OnOutput, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.listener, self.held = listener, []  # held: displays that may still be updated
 
-        def process_message(self, *args: Any, **kwargs: Any) -> Any:
-            output = super().process_message(*args, **kwargs)
-            if output is not None and self.listener is not None:
-                self.listener(output)
+        def process_message(self, msg: Any, *args: Any, **kwargs: Any) -> Any:
+            if msg["content"].get("execution_state") == "idle":
+                self.tell(*self.held, None)
+                self.held = []
+            output = super().process_message(msg, *args, **kwargs)
+            if output is not None and msg["content"].get("transient", {}).get("display_id"):
+                self.held.append(output)
+            elif output is not None:
+                self.tell(output)
             return output
+
+        def tell(self, *outputs: Any) -> None:
+            for output in outputs:
+                self.listener(output)
 
     class LiveEngine(NBClientEngine):
         @classmethod
         def execute_managed_notebook(cls, nb_man: Any, kernel_name: str, *, environment: dict[str, str],  # type: ignore[override]
-                                     on_output: OnOutput | None, **_: Any) -> Any:
-            client = LiveClient(nb_man, kernel_manager_class=current_kernel(environment), timeout=None, kernel_name=kernel_name)
-            client.listener = on_output
+                                     on_output: OnOutput, **_: Any) -> Any:
+            kernel = current_kernel(environment)
+            client = LiveClient(on_output, nb_man, kernel_manager_class=kernel, timeout=None, kernel_name=kernel_name)
             return client.execute()
 
     papermill_engines.register("llmkit", LiveEngine)
@@ -171,7 +184,7 @@ def current_kernel(environment: Mapping[str, str]) -> Any:
 
     spec = KernelSpec(
         argv=[sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", "--InlineBackend.figure_formats=svg",
-              "--IPKernelApp.log_level=ERROR"],  # its warning about local TCP is not for the reader of a run
+              "--IPKernelApp.log_level=CRITICAL"],  # local TCP, sockets closed by an interrupt: not for the reader of a run
         display_name="Python 3", language="python", env=dict(environment))
 
     class CurrentInterpreter(AsyncKernelManager):

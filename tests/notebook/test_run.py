@@ -42,7 +42,8 @@ def test_a_run_returns_checks_records_and_the_executed_notebook(notebook, tmp_pa
     assert result.records == {"python": sys.executable, "dir": str(tmp_path / "runs")}
     assert result.path == tmp_path / "runs" / path.name
     assert nbformat.read(result.path, as_version=4).cells[-1].outputs[0].data["text/plain"] == "✓ seed is given"
-    assert seen[0]["text"] == "live 7\n"
+    assert next(o for o in seen if o)["text"] == "live 7\n"
+    assert seen.count(None) == 5, "one at the end of each cell, papermill's own among them"
     saved = json.loads((tmp_path / "runs" / "with {braces}.results.json").read_text("utf-8"))
     assert saved == {"checks": result.checks, "records": result.records}
 
@@ -58,6 +59,14 @@ def test_a_failed_run_keeps_the_executed_notebook_and_what_was_recorded(notebook
     errors = [o for c in nbformat.read(result.path, as_version=4).cells for o in c.get("outputs", ()) if o.output_type == "error"]
     assert errors[0].ename == "CheckFailed"
     assert errors[0].traceback[1:] == ["  -> look here"], "a short error: message and hint, no stack"
+
+
+def test_an_updated_display_comes_once_and_in_its_last_state(notebook, tmp_path):
+    first, last = (f"{{'text/plain': '{percent}'}}, raw=True" for percent in (0, 100))
+    seen = []
+    path = notebook(f"d = display({first}, display_id=True)\nprint('x')\nd.update({last})")
+    run_notebook(path, {}, tmp_path / "runs", on_output=seen.append)
+    assert [o.get("text") or o.data["text/plain"] for o in seen if o] == ["x\n", "100"]
 
 
 def test_a_kernel_that_dies_is_an_error_of_the_run(notebook, tmp_path):
