@@ -125,7 +125,7 @@ def test_the_version_is_what_pyproject_reads():
 # Written in two halves, so that this file does not find itself.
 PLACES = re.compile("|".join([
     r"pypi\." + "org", "pythonhosted" + r"\.org", r"registry\.npm" + "js", r"conda\.ana" + "conda", r"tuna\." + "tsinghua",
-    r"mirrors?\.[a-z]+\." + "(?:com|edu|cn)", "--index-" + "url", "--find-" + "links", "index-" + "url *=",
+    r"mirrors?\.[a-z]+\." + "(?:com|edu|cn)",
     "/" + r"root/", "/" + r"work/", "/" + r"home/[a-z]", "/" + r"opt/",
 ]))
 
