@@ -11,13 +11,25 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from llmkit_kernels.reference import AttentionPlan, paged_attention, plan_attention, rms_norm, rotate, silu_mul, write_kv
+from llmkit_kernels.reference import (
+    AttentionPlan,
+    CacheLayout,
+    kv_rows,
+    paged_attention,
+    plan_attention,
+    rms_norm,
+    rotate,
+    silu_mul,
+    write_kv,
+)
 from torch import Tensor
 
 __all__ = [
     "AttentionPlan",
+    "CacheLayout",
     "cpu_supports_bf16",
     "describe",
+    "kv_rows",
     "linear",
     "paged_attention",
     "plan_attention",

@@ -4,7 +4,7 @@ Nothing here loops over heads or tokens. A step's attention is described once by
 tensors out) and then run by every layer, so that masks and gather indices cost nothing per layer.
 
 Shapes: T tokens in the step, S sequences, H query heads, G key/value heads, D head size. A KV cache is
-[num_blocks, block_size, G, D]; a block table names, in order, the blocks of a sequence.
+[num_blocks, G, block_size, D]: a head's part of a block lies in one piece. A block table names, in order, a sequence's blocks.
 """
 
 from __future__ import annotations
@@ -40,10 +40,21 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.addcmul(x * cos, swapped, sin)
 
 
-def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
-    """Store k, v [T, G, D] at cache slots `slot_mapping` int64 [T]; a slot is block · block_size + offset."""
-    k_cache.view(-1, *k.shape[1:]).index_copy_(0, slot_mapping, k)
-    v_cache.view(-1, *v.shape[1:]).index_copy_(0, slot_mapping, v)
+def kv_rows(slot_mapping: Tensor, kv_heads: int, block_size: int) -> Tensor:
+    """Where tokens store their keys in a cache seen as rows of D numbers: int64 [T·G] for slots int64 [T].
+
+    A slot is block · block_size + offset; a block holds its heads one after the other, [G, block_size, D].
+    """
+    block, offset = slot_mapping // block_size, slot_mapping % block_size
+    heads = torch.arange(kv_heads, device=slot_mapping.device)
+    return ((block[:, None] * kv_heads + heads) * block_size + offset[:, None]).view(-1)
+
+
+def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, rows: Tensor) -> None:
+    """Store k, v [T, G, D] at the rows that `kv_rows` gave."""
+    dim = k.shape[-1]
+    k_cache.view(-1, dim).index_copy_(0, rows, k.reshape(-1, dim))
+    v_cache.view(-1, dim).index_copy_(0, rows, v.reshape(-1, dim))
 
 
 @dataclass(slots=True)
@@ -51,24 +62,26 @@ class _DecodeGroup:
     """Sequences with one query token each and contexts of similar length.
 
     tokens: int64 [B], their places among the step's T tokens, or None when they are simply the first B. blocks: int64
-    [B·n], the cache blocks that each reads, padded with block 0. mask: bool [B, 1, 1, n·block_size], True where a key counts.
+    [B·G·n], for each sequence and head the n (block, head) pairs that it reads, padded with block 0. bias: [B·G, 1,
+    n·block_size] in the cache's dtype, 0 where a key counts and -inf where not.
     """
 
     size: int
     tokens: Tensor | None
     blocks: Tensor
-    mask: Tensor
+    bias: Tensor
 
 
 @dataclass(slots=True)
 class _Chunk:
-    """A run of prompt tokens start..end of one sequence. blocks: int64 [n]. `mask` is None for plain causal attention over
-    the chunk itself, else bool [end-start, n·block_size - skip - rest]: which of the cached keys each query sees."""
+    """A run of prompt tokens start..end of one sequence. `blocks` is None for plain causal attention over the chunk itself, else
+    int64 [G·n], for each head the (block, head) pairs that it reads; mask: bool [end-start, keys], which of the cached keys
+    each query sees."""
 
     start: int
     end: int
-    blocks: Tensor | None
     keys: int
+    blocks: Tensor | None
     mask: Tensor | None
 
 
@@ -80,28 +93,38 @@ class AttentionPlan:
     chunks: list[_Chunk]
 
 
+@dataclass(frozen=True, slots=True)
+class CacheLayout:
+    """What a plan must know of a KV cache [num_blocks, G, block_size, D]."""
+
+    kv_heads: int
+    block_size: int
+    dtype: torch.dtype
+    device: torch.device
+
+    def pairs(self, blocks: np.ndarray) -> Tensor:
+        """Blocks int [..., n] -> (block, head) pairs int64 [... · G · n], heads before blocks, so that gathering them lays each
+        head's keys out in one piece."""
+        heads = np.arange(self.kv_heads)[:, None]
+        return torch.from_numpy((blocks[..., None, :].astype(np.int64) * self.kv_heads + heads).reshape(-1)).to(self.device)
+
+
 def plan_attention(
-    cu_seqlens: np.ndarray,
-    context_lens: np.ndarray,
-    block_tables: np.ndarray,
-    block_size: int,
-    window: int | None,
-    device: torch.device,
+    cu_seqlens: np.ndarray, context_lens: np.ndarray, block_tables: np.ndarray, window: int | None, layout: CacheLayout
 ) -> AttentionPlan:
     """Plan a step over ragged sequences.
 
     cu_seqlens: int [S+1], where each sequence's tokens begin. context_lens: int [S], keys it has, its new tokens included.
     block_tables: int [S, max_blocks]. window: each query sees this many last keys, itself among them; None sees all.
     """
-    query_lens = np.diff(cu_seqlens)
-    single = np.flatnonzero(query_lens == 1)
+    single = np.diff(cu_seqlens) == 1
     groups = [
-        _plan_group(rows, cu_seqlens, context_lens, block_tables, block_size, window, device)
-        for rows in _similar(single, context_lens, block_size)
+        _plan_group(rows, cu_seqlens[rows], context_lens[rows], block_tables[rows], window, layout)
+        for rows in _similar(np.flatnonzero(single), context_lens, layout.block_size)
     ]
     chunks = [
-        _plan_chunk(int(cu_seqlens[s]), int(cu_seqlens[s + 1]), int(context_lens[s]), block_tables[s], block_size, window, device)
-        for s in np.flatnonzero(query_lens > 1)
+        _plan_chunk(int(cu_seqlens[s]), int(cu_seqlens[s + 1]), int(context_lens[s]), block_tables[s], window, layout)
+        for s in np.flatnonzero(~single)
     ]
     return AttentionPlan(groups, chunks)
 
@@ -118,48 +141,39 @@ def _similar(rows: np.ndarray, context_lens: np.ndarray, block_size: int) -> lis
 
 
 def _plan_group(
-    rows: np.ndarray,
-    cu_seqlens: np.ndarray,
-    context_lens: np.ndarray,
-    tables: np.ndarray,
-    size: int,
-    window: int | None,
-    device: torch.device,
+    rows: np.ndarray, tokens: np.ndarray, contexts: np.ndarray, tables: np.ndarray, window: int | None, layout: CacheLayout
 ) -> _DecodeGroup:
-    ends = context_lens[rows].astype(np.int64)
+    size, ends = layout.block_size, contexts.astype(np.int64)
     starts = np.maximum(ends - window, 0) if window else np.zeros_like(ends)
-    first = starts // size
-    count = int((-(-ends // size) - first).max())
+    first, last = starts // size, -(-ends // size)
+    count = int((last - first).max())
     columns = first[:, None] + np.arange(count)
-    blocks = np.where(columns < -(-ends // size)[:, None], tables[rows[:, None], np.minimum(columns, tables.shape[1] - 1)], 0)
+    held = columns < last[:, None]
+    blocks = np.where(held, np.take_along_axis(tables, np.where(held, columns, 0), axis=1), 0)
     keys = first[:, None] * size + np.arange(count * size)
-    mask = (keys >= starts[:, None]) & (keys < ends[:, None])
-    tokens = cu_seqlens[rows].astype(np.int64)
-    leading = bool(np.array_equal(tokens, np.arange(rows.size)))
+    seen = (keys >= starts[:, None]) & (keys < ends[:, None])
+    bias = np.where(seen, np.float32(0), np.float32(-np.inf)).repeat(layout.kv_heads, axis=0)[:, None, :]
+    leading = np.array_equal(tokens, np.arange(rows.size))
     return _DecodeGroup(
         rows.size,
-        None if leading else torch.from_numpy(tokens).to(device),
-        torch.from_numpy(blocks.reshape(-1).astype(np.int64)).to(device),
-        torch.from_numpy(mask[:, None, None, :]).to(device),
+        None if leading else torch.from_numpy(tokens.astype(np.int64)).to(layout.device),
+        layout.pairs(blocks),
+        torch.from_numpy(bias).to(layout.device, layout.dtype),
     )
 
 
-def _plan_chunk(
-    start: int, end: int, context: int, table: np.ndarray, size: int, window: int | None, device: torch.device
-) -> _Chunk:
-    queries = end - start
+def _plan_chunk(start: int, end: int, context: int, table: np.ndarray, window: int | None, layout: CacheLayout) -> _Chunk:
+    queries, size = end - start, layout.block_size
     done = context - queries
     if done == 0 and (window is None or context <= window):
-        return _Chunk(start, end, None, queries, None)
+        return _Chunk(start, end, queries, None, None)
     first = max(0, done + 1 - window) // size if window else 0
-    last = -(-context // size)
-    blocks = torch.from_numpy(table[first:last].astype(np.int64)).to(device)
-    q = torch.arange(done, context, device=device)[:, None]
-    k = torch.arange(first * size, context, device=device)
+    q = torch.arange(done, context, device=layout.device)[:, None]
+    k = torch.arange(first * size, context, device=layout.device)
     mask = k <= q
     if window:
         mask &= k > q - window
-    return _Chunk(start, end, blocks, context - first * size, mask)
+    return _Chunk(start, end, context - first * size, layout.pairs(table[first : -(-context // size)]), mask)
 
 
 def paged_attention(
@@ -167,10 +181,10 @@ def paged_attention(
 ) -> Tensor:
     """softmax(scale · q kᵀ) v of every token over its sequence's cached keys (PagedAttention, arXiv:2309.06180).
 
-    q: [T, H, D]; k, v: [T, G, D], this step's own keys and values, which `write_kv` has already put into the caches.
-    Returns [T, H, D].
+    q: [T, H, D]; k, v: [T, G, D], this step's own keys and values, which `write_kv` has already put into the caches
+    [num_blocks, G, block_size, D]. Returns [T, H, D].
     """
-    out = torch.empty_like(q)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
     for group in plan.groups:
         _decode(q, k_cache, v_cache, group, scale, out)
     for chunk in plan.chunks:
@@ -178,16 +192,25 @@ def paged_attention(
     return out
 
 
+def _gather(cache: Tensor, pairs: Tensor, heads: int) -> Tensor:
+    """The cached rows of (block, head) pairs, [heads, keys, D]: whole blocks are copied, so this runs at memory speed."""
+    return cache.view(-1, cache.shape[2] * cache.shape[3]).index_select(0, pairs).view(heads, -1, cache.shape[3])
+
+
 def _decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, group: _DecodeGroup, scale: float, out: Tensor) -> None:
-    """One query per sequence. The H/G query heads that share a key head are its query rows, so keys are never repeated."""
-    heads, dim, kv_heads = q.shape[1], q.shape[2], k_cache.shape[2]
+    """One query per sequence. The H/G query heads that share a key head are its query rows, so keys are never repeated.
+
+    Two batched matmuls, not torch's fused attention: on a CPU that pays per (sequence, head), 0.70 against 0.36 ms a layer for 32
+    sequences of 192 keys. The softmax is taken in float32.
+    """
+    heads, dim, kv_heads = q.shape[1], q.shape[2], k_cache.shape[1]
     rows = q[: group.size] if group.tokens is None else q.index_select(0, group.tokens)
-    keys, values = (
-        c.index_select(0, group.blocks).view(group.size, -1, kv_heads, dim).transpose(1, 2) for c in (k_cache, v_cache)
-    )
-    attended = F.scaled_dot_product_attention(
-        rows.view(group.size, kv_heads, heads // kv_heads, dim), keys, values, attn_mask=group.mask, scale=scale
-    ).reshape(group.size, heads, dim)
+    queries = rows.reshape(group.size * kv_heads, heads // kv_heads, dim)
+    keys = _gather(k_cache, group.blocks, group.size * kv_heads)
+    values = _gather(v_cache, group.blocks, group.size * kv_heads)
+    scores = torch.baddbmm(group.bias, queries, keys.transpose(1, 2), alpha=scale)
+    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
+    attended = torch.bmm(weights, values).view(group.size, heads, dim)
     if group.tokens is None:
         out[: group.size] = attended
     else:
@@ -199,20 +222,17 @@ def _prefill(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, 
     kv_heads, dim = k.shape[1], k.shape[2]
     span = slice(chunk.start, chunk.end)
     if chunk.blocks is None:
-        keys, values = k[span], v[span]
+        keys, values = k[span].transpose(0, 1), v[span].transpose(0, 1)
     else:
-        keys, values = (c.index_select(0, chunk.blocks).view(-1, kv_heads, dim)[: chunk.keys] for c in (k_cache, v_cache))
+        keys, values = (_gather(c, chunk.blocks, kv_heads)[:, : chunk.keys] for c in (k_cache, v_cache))
     queries = q[span].unflatten(1, (kv_heads, -1)).permute(1, 2, 0, 3)  # [G, H/G, queries, D]
-    share = (kv_heads, queries.shape[1], chunk.keys, dim)
-    out[span] = (
-        F.scaled_dot_product_attention(
-            queries,
-            keys.transpose(0, 1).unsqueeze(1).expand(share),
-            values.transpose(0, 1).unsqueeze(1).expand(share),
-            attn_mask=chunk.mask,
-            is_causal=chunk.mask is None,
-            scale=scale,
-        )
-        .permute(2, 0, 1, 3)
-        .flatten(1, 2)
+    share = (kv_heads, queries.shape[1], chunk.keys, dim)  # each key head serves H/G query heads, without copies
+    attended = F.scaled_dot_product_attention(
+        queries,
+        keys.unsqueeze(1).expand(share),
+        values.unsqueeze(1).expand(share),
+        attn_mask=chunk.mask,
+        is_causal=chunk.mask is None,
+        scale=scale,
     )
+    out[span] = attended.permute(2, 0, 1, 3).flatten(1, 2)

@@ -39,7 +39,7 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
 class Runner:
     """Owns the KV cache and the buffers whose addresses never change, so that a captured graph can replay over them.
 
-    kv_cache: [layers, 2, num_blocks, block_size, G, D]. input_ids, positions, slot_mapping: int64 [max_tokens].
+    kv_cache: [layers, 2, num_blocks, G, block_size, D]. input_ids, positions, slot_mapping: int64 [max_tokens].
     last_token: int64 [rows], the newest token of each row; it is written by the sampler on the device and read by the next
     step there, so that decoding never waits for the host.
     """
@@ -47,8 +47,9 @@ class Runner:
     def __init__(self, model: Decoder, rows: Rows, num_blocks: int, max_tokens: int, dtype: torch.dtype) -> None:
         c, device = model.config, model.device
         self.model, self.device = model, device
-        shape = (c.num_layers, 2, num_blocks, rows.block_size, c.num_kv_heads, c.head_dim)
+        shape = (c.num_layers, 2, num_blocks, c.num_kv_heads, rows.block_size, c.head_dim)
         self.kv_cache = _zeros(shape, dtype, device)
+        self.layout = ops.CacheLayout(c.num_kv_heads, rows.block_size, dtype, device)
         self.windows = set(c.windows)
         self.input_ids, self.positions, self.slot_mapping = torch.zeros(3, max_tokens, dtype=torch.int64, device=device).unbind(0)
         self.last_token = torch.zeros(len(rows.requests), dtype=torch.int64, device=device)
@@ -102,13 +103,13 @@ class Runner:
         self.slot_mapping[:t].copy_(torch.from_numpy(batch.slot_mapping), non_blocking=True)
         if decodes:
             self.input_ids[:decodes] = self.last_token[self._index(batch.rows[:decodes])]
-        step = StepContext(*self.model.rotary.at(self.positions[:t]), self.slot_mapping[:t], self._plans(batch), self.kv_cache)
+        rows = ops.kv_rows(self.slot_mapping[:t], self.layout.kv_heads, self.layout.block_size)
+        step = StepContext(*self.model.rotary.at(self.positions[:t]), rows, self._plans(batch), self.kv_cache)
         return self.model.forward(self.input_ids[:t], step)
 
     def _plans(self, batch: Batch) -> dict[int | None, ops.AttentionPlan]:
-        size = self.rows.block_size
         lengths = (batch.cu_seqlens, batch.context_lens, batch.block_tables)
-        return {window: ops.plan_attention(*lengths, size, window, self.device) for window in self.windows}
+        return {window: ops.plan_attention(*lengths, window, self.layout) for window in self.windows}
 
     def _prompt_logprobs(self, batch: Batch, hidden: torch.Tensor) -> list[tuple[Request, TopLogprobs]]:
         """For the requests that asked: position i of a prompt says how likely its token i+1 was."""
@@ -119,7 +120,7 @@ class Runner:
                 continue
             start, end = int(batch.context_lens[i] - batch.num_new[i]), int(batch.context_lens[i])
             offset = int(batch.cu_seqlens[i]) - start
-            first = max(start, len(request.prompt_logprobs) - 1, 0)  # after a preemption some are known already
+            first = max(start, len(request.prompt_logprobs) - 1)  # after a preemption some are known already
             for lo in range(first, min(end, len(request.prompt) - 1), _LOGIT_ROWS):
                 hi = min(lo + _LOGIT_ROWS, end, len(request.prompt) - 1)
                 targets = self._index(request.prompt[lo + 1 : hi + 1].astype(np.int64))

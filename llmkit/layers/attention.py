@@ -14,12 +14,12 @@ from llmkit.layers.norm import RMSNorm
 
 @dataclass(slots=True)
 class StepContext:
-    """What every layer of one step shares. cos, sin: [T, 1, R]. slot_mapping: int64 [T]. plans: one attention plan per
-    distinct window size. kv_cache: [layers, 2, num_blocks, block_size, G, D]."""
+    """What every layer of one step shares. cos, sin: [T, 1, R]. kv_rows: where the step's tokens store their keys. plans: one
+    attention plan per distinct window size. kv_cache: [layers, 2, num_blocks, G, block_size, D]."""
 
     cos: Tensor
     sin: Tensor
-    slot_mapping: Tensor
+    kv_rows: Tensor
     plans: dict[int | None, ops.AttentionPlan]
     kv_cache: Tensor
 
@@ -50,6 +50,6 @@ class Attention:
             qk = ops.rotate(qk, step.cos, step.sin)
         q, k = qk[:, :heads], qk[:, heads:]
         k_cache, v_cache = step.kv_cache[self.layer].unbind(0)
-        ops.write_kv(k, v, k_cache, v_cache, step.slot_mapping)
+        ops.write_kv(k, v, k_cache, v_cache, step.kv_rows)
         out = ops.paged_attention(q, k, v, k_cache, v_cache, step.plans[self.window], dim**-0.5)
         return self.o(out.reshape(x.shape[0], heads * dim))

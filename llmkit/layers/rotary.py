@@ -60,7 +60,7 @@ def _llama3(base: Tensor, rope: RopeConfig, max_len: int) -> tuple[Tensor, float
 
 def _yarn(base: Tensor, rope: RopeConfig, max_len: int) -> tuple[Tensor, float]:
     """Interpolate slow channels, keep fast ones, ramp between; cos and sin grow by the attention factor."""
-    s, factor = rope.scaling, rope.scaling["factor"]
+    s, factor = rope.scaling, rope.scaling.get("factor") or rope.stretch
 
     def channel(rotations: float) -> float:
         return rope.dim * math.log(rope.original_max_position / (rotations * 2 * math.pi)) / (2 * math.log(rope.theta))
@@ -88,7 +88,7 @@ def _longrope(base: Tensor, rope: RopeConfig, max_len: int) -> tuple[Tensor, flo
     """One list of factors for short contexts, one for long; the engine's context length decides, once."""
     s, original = rope.scaling, rope.original_max_position
     factors = torch.tensor(s["long_factor" if max_len > original else "short_factor"], dtype=torch.float32)
-    stretch = s.get("factor") or max_len / original
+    stretch = s.get("factor") or rope.stretch
     if s.get("attention_factor") is not None:
         attention = float(s["attention_factor"])
     else:
