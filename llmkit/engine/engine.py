@@ -98,7 +98,6 @@ class Engine:
         self.scheduler.computed(schedule)
         for request, top in result.prompt_logprobs:
             k = request.params.prompt_logprobs or 0
-            request.prompt_logprobs += [] if request.prompt_logprobs else [None]  # nothing precedes the first token
             request.prompt_logprobs += [top.row(i, k, self.token_text) for i in range(len(top.ranks))]
         if result.sampled is None:
             return StepOutput(schedule, batch, [], np.empty(0, np.int64))

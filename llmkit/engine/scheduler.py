@@ -1,7 +1,7 @@
 """Who runs in the next step, with how many tokens and which blocks.
 
 ONE budget of tokens a step, spent first on requests that decode (one token each), then on running prompts, then on waiting
-ones; a prompt may be cut into chunks, so prefill and decode share steps (continuous batching, Orca; chunked prefill, Sarathi-Serve).
+ones; a prompt may be cut into chunks, so prefill and decode share steps (continuous batching: Orca; chunked prefill: Sarathi).
 When blocks run out, the request that came last gives its blocks back and is computed again later (preemption by recompute).
 The one that came first is never preempted for a later one, so it always ends: nobody starves.
 """
@@ -187,13 +187,17 @@ class Scheduler:
         if request.params.prompt_logprobs is not None and len(request.prompt_logprobs) < len(request.prompt):
             return [], None
         size, parent = self.pool.block_size, request.fork_of
-        if parent is not None and parent.status is Status.RUNNING and not len(request.generated):
+        if parent is not None and self._has_computed(parent, len(request.prompt) - 1) and not len(request.generated):
             full, rest = divmod(len(request.prompt) - 1, size)
             return parent.blocks[:full], parent.blocks[full] if rest else None
         if not self.pool.caching:
             return [], None
         request.hashes += hash_blocks(tokens, size, request.hashes)
         return self.pool.find(request.hashes[: (len(tokens) - 1) // size]), None
+
+    def _has_computed(self, request: Request, count: int) -> bool:
+        """Whether a request's first `count` tokens are in the KV cache now; one that was preempted starts again from nothing."""
+        return request.status is Status.RUNNING and int(self.rows.num_computed[request.row]) >= count
 
     def _enter(self, request: Request, blocks: list[int], num_computed: int) -> None:
         row = self.rows.take(request)

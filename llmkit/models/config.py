@@ -12,13 +12,17 @@ from llmkit.errors import ConfigError, UnsupportedModelError, did_you_mean
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """Rotary embedding. `scaling` holds config.json's own words (`factor`, `low_freq_factor`, ...), `kind` its rope_type."""
+    """Rotary embedding. `scaling` holds config.json's own words (`factor`, `low_freq_factor`, ...), `kind` its rope_type.
+
+    stretch: the model's longest context over the one it was first trained with, the factor where config.json names none.
+    """
 
     theta: float
     dim: int
     kind: str
     scaling: dict[str, Any]
     original_max_position: int
+    stretch: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -86,14 +90,35 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-# What the families differ in. Everything else is read from config.json.
+# What the families differ in. Everything else is read from config.json; `silent` is what a family means where that says nothing
+# (transformers' own defaults: a config.json may leave them out).
 _FAMILIES: dict[str, dict[str, Any]] = {
     "LlamaForCausalLM": {"bias": "attention"},
-    "MistralForCausalLM": {"window": "all"},
-    "Qwen2ForCausalLM": {"bias": "qkv", "window": "upper"},
-    "Qwen3ForCausalLM": {"bias": "attention", "window": "upper", "qk_norm": True},
-    "SmolLM3ForCausalLM": {"bias": "attention", "window": "upper"},
-    "Phi3ForCausalLM": {"window": "all", "fused": True},
+    "MistralForCausalLM": {
+        "window": "all",
+        "silent": {"sliding_window": 4096, "num_key_value_heads": 8, "max_position_embeddings": 131072},
+    },
+    "Qwen2ForCausalLM": {
+        "bias": "qkv",
+        "window": "upper",
+        "silent": {"sliding_window": 4096, "max_window_layers": 28, "max_position_embeddings": 32768},
+    },
+    "Qwen3ForCausalLM": {
+        "bias": "attention",
+        "window": "upper",
+        "qk_norm": True,
+        "silent": {"head_dim": 128, "sliding_window": 4096, "max_window_layers": 28, "max_position_embeddings": 32768},
+    },
+    "SmolLM3ForCausalLM": {
+        "bias": "attention",
+        "window": "unrotated",
+        "silent": {"tie_word_embeddings": True, "rope_theta": 2e6, "num_key_value_heads": 4, "max_position_embeddings": 32768},
+    },
+    "Phi3ForCausalLM": {
+        "window": "all",
+        "fused": True,
+        "silent": {"rms_norm_eps": 1e-5, "max_position_embeddings": 4096, "original_max_position_embeddings": 4096},
+    },
 }
 ARCHITECTURES = tuple(_FAMILIES)
 _MODEL_TYPES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3", "smollm3": "SmolLM3", "phi3": "Phi3"}
@@ -106,6 +131,7 @@ class _Reader:
         self.raw, self.path = raw, path
         self.architecture = self._architecture()
         self.family = _FAMILIES[self.architecture]
+        self.raw = self.family.get("silent", {}) | raw
 
     def _architecture(self) -> str:
         names = self.raw.get("architectures") or []
@@ -155,7 +181,7 @@ class _Reader:
             head_dim=head_dim, intermediate_size=self.count("intermediate_size"), vocab_size=self.count("vocab_size"),
             max_position=self.count("max_position_embeddings", 2048), norm_eps=float(self.number("rms_norm_eps", 1e-6, 0)),
             rope=self._rope(head_dim),
-            tie_embeddings=bool(raw.get("tie_word_embeddings", self.architecture == "SmolLM3ForCausalLM")),
+            tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
             qkv_bias=attention_bias or family.get("bias") == "qkv", o_bias=attention_bias,
             mlp_bias=bool(raw.get("mlp_bias", False)), qk_norm=bool(family.get("qk_norm", False)),
             fused_checkpoint=bool(family.get("fused", False)), windows=self._windows(layers),
@@ -170,18 +196,23 @@ class _Reader:
         kind = {"su": "longrope", "mrope": "default"}.get(kind, kind)
         theta = scaling.get("rope_theta") or self.raw.get("rope_theta") or 10000.0
         partial = scaling.get("partial_rotary_factor") or self.raw.get("partial_rotary_factor") or 1.0
-        original = scaling.get("original_max_position_embeddings") or self.raw.get("original_max_position_embeddings")
-        original = original or self.count("max_position_embeddings", 2048)
-        return RopeConfig(float(theta), int(head_dim * partial), kind, scaling, int(original))
+        longest = self.count("max_position_embeddings", 2048)
+        original = self.raw.get("original_max_position_embeddings") or scaling.get("original_max_position_embeddings") or longest
+        return RopeConfig(float(theta), int(head_dim * partial), kind, scaling, int(original), longest / original)
 
     def _windows(self, layers: int) -> tuple[int | None, ...]:
         window, kind = self.raw.get("sliding_window"), self.family.get("window")
-        if not window or kind is None or (kind == "upper" and not self.raw.get("use_sliding_window", False)):
+        if not window or kind is None or (kind != "all" and not self.raw.get("use_sliding_window", False)):
             return (None,) * layers
-        if self.raw.get("layer_types"):
-            return tuple(int(window) if t == "sliding_attention" else None for t in self.raw["layer_types"])
-        first = 0 if kind == "all" else int(self.raw.get("max_window_layers", layers))
-        return tuple(int(window) if i >= first else None for i in range(layers))
+        if kind == "all":
+            slides = [True] * layers
+        elif self.raw.get("layer_types"):
+            slides = [t == "sliding_attention" for t in self.raw["layer_types"]]
+        elif kind == "unrotated":
+            slides = [not rotated for rotated in self._rotary_layers(layers)]
+        else:
+            slides = [i >= int(self.raw["max_window_layers"]) for i in range(layers)]
+        return tuple(int(window) if s else None for s in slides)
 
     def _rotary_layers(self, layers: int) -> tuple[bool, ...]:
         if self.architecture != "SmolLM3ForCausalLM":

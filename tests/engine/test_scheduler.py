@@ -1,0 +1,326 @@
+"""The scheduler, the rows and the engine's loop under random loads, with a fake runner in place of the model.
+
+The fake runner keeps a shadow of the KV cache: for every slot, the whole prefix (tokens up to and including that position) whose
+key was written there. A row that reads a slot must find its own prefix in it, whatever was shared, copied, evicted, preempted or
+chunked before. The next token is a function of the prefix, so an answer must equal the one the request would get alone.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from unittest import mock
+from zlib import crc32
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from llmkit.engine.batch import Batch
+from llmkit.engine.engine import Engine
+from llmkit.engine.kv_cache import NULL_BLOCK
+from llmkit.engine.memory import MemoryPlan
+from llmkit.engine.request import Request, Status
+from llmkit.engine.rows import Rows
+from llmkit.engine.runner import StepResult
+from llmkit.engine.sampler import SampledTokens
+from llmkit.engine.scheduler import Schedule
+from llmkit.sampling_params import SamplingParams
+
+VOCAB, EOS = 5, 4
+
+
+def next_token(prefix: bytes) -> int:
+    """What the pretended model says after these tokens."""
+    return crc32(prefix) % VOCAB
+
+
+class ShadowRunner:
+    """Writes and checks prefixes instead of keys and values."""
+
+    def __init__(self, model: object, rows: Rows, num_blocks: int, max_tokens: int, dtype: torch.dtype) -> None:
+        self.max_tokens = max_tokens
+        self.cache: dict[int, bytes] = {}
+        self.attach(rows)
+
+    def attach(self, rows: Rows) -> None:
+        self.rows = rows
+
+    def run(self, batch: Batch, schedule: Schedule) -> StepResult:
+        self.rows.released.clear()
+        size = self.rows.block_size
+        for source, target in schedule.copies:
+            for i in range(size):
+                self.cache[target * size + i] = self.cache.get(source * size + i, b"")
+        prefixes = [self.rows.token_ids[row, : self.rows.num_tokens[row]].astype(np.uint8).tobytes() for row in batch.rows]
+        self.check_layout(batch, prefixes)
+        for prefix, start, end, low in self.spans(batch, prefixes):
+            for position in range(start, end):
+                self.cache[int(batch.slot_mapping[low + position - start])] = prefix[: position + 1]
+        for i, (prefix, _, end, _) in enumerate(self.spans(batch, prefixes)):
+            for position in range(end):
+                slot = int(batch.block_tables[i, position // size]) * size + position % size
+                assert slot >= size, "a row reads the padding block"
+                assert self.cache.get(slot) == prefix[: position + 1], f"row reads another prefix at {position}"
+        tokens = [next_token(prefixes[i]) for i in batch.sampled]
+        return StepResult(SampledTokens(torch.tensor(tokens), None) if tokens else None, [])
+
+    @staticmethod
+    def spans(batch: Batch, prefixes: list[bytes]) -> list[tuple[bytes, int, int, int]]:
+        """(whole prefix, first and end position computed, where they begin in the batch) of each sequence."""
+        ends, low = batch.context_lens.tolist(), batch.cu_seqlens.tolist()
+        return [(p, e - n, e, lo) for p, e, n, lo in zip(prefixes, ends, batch.num_new.tolist(), low)]
+
+    def check_layout(self, batch: Batch, prefixes: list[bytes]) -> None:
+        assert 0 < batch.num_tokens <= self.max_tokens
+        assert len(set(batch.rows.tolist())) == len(batch.rows)
+        assert len(set(batch.slot_mapping.tolist())) == batch.num_tokens, "two tokens written to one slot"
+        for i, (prefix, start, end, low) in enumerate(self.spans(batch, prefixes)):
+            span = slice(low, low + end - start)
+            assert batch.positions[span].tolist() == list(range(start, end))
+            assert batch.input_ids[span].tolist() == list(prefix[start:end])
+            decodes = end - start == 1 and end == len(prefix)
+            assert decodes == (i < batch.num_decodes), "those that compute just their last token come first"
+        assert batch.sampled.tolist() == [i for i, (p, _, e, _) in enumerate(self.spans(batch, prefixes)) if e == len(p)]
+
+
+@dataclass
+class House:
+    """An engine with the shadow runner, and everybody who ever came."""
+
+    num_blocks: int
+    block_size: int
+    num_rows: int
+    budget: int
+    chunk_limit: int = 0
+    caching: bool = True
+    by_priority: bool = False
+    everybody: list[Request] = field(default_factory=list)
+    num_copies: int = 0
+
+    def __post_init__(self) -> None:
+        self.max_len = (self.num_blocks - 1) * self.block_size
+        plan = MemoryPlan("cpu", 0, 0, 0, 0, 1, self.block_size, self.num_blocks, self.max_len, self.num_rows)
+        with mock.patch("llmkit.engine.engine.Runner", ShadowRunner):
+            self.engine = Engine(None, plan, torch.float32, token_budget=self.budget, chunk_limit=self.chunk_limit,  # type: ignore[arg-type]
+                                 caching=self.caching, by_priority=self.by_priority)  # fmt: skip
+
+    def add(self, prompt: list[int], max_tokens: int, n: int = 1, priority: int = 0) -> list[Request]:
+        prompt = prompt[: self.max_len - 1]
+        total = min(self.max_len, len(prompt) + max_tokens)
+        family: list[Request] = []
+        for _ in range(n):
+            request = Request(f"r{len(self.everybody)}", np.array(prompt, np.int32), SamplingParams(), stop_ids=(EOS,),
+                              max_total=total, priority=priority, fork_of=family[0] if family else None)  # fmt: skip
+            self.engine.add(request)
+            family.append(request)
+            self.everybody.append(request)
+        return family
+
+    def key(self, request: Request) -> tuple[int, int]:
+        return (request.priority if self.by_priority else 0, request.arrival)
+
+    def step(self) -> None:
+        """One step, with everything that must hold after it."""
+        alive = [r for r in self.everybody if not r.finished]
+        first = min(alive, key=self.key, default=None)
+        first_ran = first is not None and first.status is Status.RUNNING
+        output = self.engine.step()
+        assert (output is None) == (not alive)
+        if output is not None:
+            chunk = self.chunk_limit or self.budget
+            assert output.batch.num_new.max() <= chunk
+            self.num_copies += len(output.schedule.copies)
+            if first_ran and first is not None:
+                assert first not in output.schedule.preempted
+                assert first.row in output.batch.rows or first.finished, "the one that came first did not go on"
+        self.check_books()
+
+    def check_books(self) -> None:
+        pool, rows, scheduler = self.engine.pool, self.engine.rows, self.engine.scheduler
+        running = [r for r in self.everybody if r.status is Status.RUNNING]
+        assert set(map(id, scheduler.running)) == set(map(id, running))
+        assert [self.key(r) for r in scheduler.running] == sorted(self.key(r) for r in running)
+        alive = {id(r) for r in self.everybody if not r.finished}
+        assert {id(r) for r in scheduler.unfinished()} == alive, "somebody was forgotten"
+        held = Counter(b for r in running for b in r.blocks)
+        assert NULL_BLOCK not in held
+        assert pool.ref_counts == [1, *(held[b] for b in range(1, pool.num_blocks))]
+        assert pool.num_free + len(held) == pool.num_usable
+        assert rows.num_free + len(running) == self.num_rows
+        for request in self.everybody:
+            if request.status is Status.RUNNING:
+                assert rows.requests[request.row] is request
+                assert rows.block_table[request.row, : rows.num_blocks[request.row]].tolist() == request.blocks
+            else:
+                assert request.blocks == []
+                assert request.row == -1
+
+    def drain(self) -> None:
+        """Run to the end: nobody starves, nothing is left behind."""
+        alive = [r for r in self.everybody if not r.finished]
+        limit = 10 + (len(alive) + 1) * sum(r.max_total for r in alive)  # again for each before it
+        while self.engine.has_work:
+            self.step()
+            limit -= 1
+            assert limit > 0, "somebody starves"
+        assert all(r.finished for r in self.everybody)
+        assert self.engine.pool.num_free == self.engine.pool.num_usable
+        assert self.engine.rows.num_free == self.num_rows
+        assert self.engine.step() is None
+
+    def check_answers(self, aborted: set[int]) -> None:
+        for request in self.everybody:
+            said = request.generated.tolist()
+            expected = alone(request.prompt.tolist(), request.max_total)
+            if id(request) in aborted:
+                assert said == expected[: len(said)]
+            else:
+                assert said == expected
+                assert request.finish_reason == ("stop" if said[-1] == EOS else "length")
+
+
+def alone(prompt: list[int], max_total: int) -> list[int]:
+    """What a request says when nothing else exists."""
+    tokens = list(prompt)
+    while len(tokens) < max_total:
+        tokens.append(next_token(bytes(tokens)))
+        if tokens[-1] == EOS:
+            break
+    return tokens[len(prompt) :]
+
+
+@st.composite
+def houses(draw: st.DrawFn, **fixed: object) -> House:
+    num_rows = draw(st.integers(1, 6))
+    options = {
+        "num_blocks": draw(st.integers(3, 14)),
+        "block_size": draw(st.integers(1, 4)),
+        "num_rows": num_rows,
+        "budget": num_rows + draw(st.integers(0, 8)),
+        "chunk_limit": draw(st.sampled_from([0, 1, 2, 5])),
+        "caching": draw(st.booleans()),
+        "by_priority": draw(st.booleans()),
+    }
+    return House(**options | fixed)  # type: ignore[arg-type]
+
+
+# Long prompts of two tokens only: many share a beginning, and answers share theirs.
+prompts = st.builds(lambda start, length, tail: ([start] * length) + tail, st.integers(0, 1), st.integers(0, 12),
+                    st.lists(st.integers(0, 1), min_size=1, max_size=6))  # fmt: skip
+arrivals = st.tuples(st.just("add"), prompts, st.integers(1, 12), st.integers(1, 3), st.integers(0, 2))
+actions = st.one_of(arrivals, st.tuples(st.just("step"), st.integers(1, 6)), st.tuples(st.just("abort"), st.integers(0, 40)))
+
+
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(houses(), st.lists(actions, max_size=25))
+def test_random_arrivals_aborts_and_preemptions(house, todo):
+    aborted: set[int] = set()
+    for action, *arguments in todo:
+        if action == "add":
+            prompt, max_tokens, n, priority = arguments
+            house.add(prompt, max_tokens, n, priority)
+        elif action == "step":
+            for _ in range(arguments[0]):
+                house.step()
+        elif house.everybody:
+            request = house.everybody[arguments[0] % len(house.everybody)]
+            aborted |= set() if request.finished else {id(request)}
+            house.engine.abort([request])
+        house.check_books()
+    house.drain()
+    house.check_answers(aborted)
+
+
+@settings(max_examples=150, deadline=None)
+@given(houses(num_blocks=6, block_size=2, num_rows=4), st.lists(prompts, min_size=3, max_size=6), st.integers(1, 3))
+def test_a_tiny_pool_preempts_and_still_answers(house, asked, n):
+    for prompt in asked:
+        house.add(prompt[:5], 6, n)
+    house.drain()
+    house.check_answers(set())
+
+
+def test_such_loads_do_preempt_share_and_copy():
+    """The random tests above are only worth something if these things happen in them."""
+    house = House(num_blocks=6, block_size=2, num_rows=4, budget=8)
+    for prompt in ([0, 1, 0, 1], [0, 1, 0, 1], [1, 1, 0]):
+        house.add(prompt, 6, n=2)
+    house.drain()
+    stats = house.engine.stats()
+    assert stats["preemptions"] > 0
+    assert stats["prefix_cache_hits"] > 0
+    assert house.num_copies > 0
+    assert any(r.metrics.num_preemptions for r in house.everybody)
+
+
+def test_a_fork_never_copies_from_a_parent_that_starts_again():
+    """A preempted parent comes back with blocks that nothing has been written to yet; its forks come back in the same step."""
+    house = House(num_blocks=8, block_size=4, num_rows=4, budget=4, chunk_limit=3, caching=False)
+    older = house.add([0, 0], 20)[0]
+    parent, fork = house.add([0, 1, 0, 1, 1, 0], 9, n=2)
+    house.step()
+    assert parent.status is Status.RUNNING
+    assert fork.status is Status.HELD
+    house.engine.scheduler._preempt(parent)
+    assert fork.status is Status.WAITING
+    house.drain()
+    house.check_answers(set())
+    assert older.finished
+
+
+def test_first_come_first_served_unless_priorities_are_asked_for():
+    for by_priority, order in ((False, ["r0", "r1", "r2"]), (True, ["r2", "r0", "r1"])):
+        house = House(num_blocks=20, block_size=2, num_rows=1, budget=8, by_priority=by_priority)
+        for priority in (1, 1, 0):
+            house.add([0, 1], 3, priority=priority)
+        ended: list[str] = []
+        while house.engine.has_work:
+            output = house.engine.step()
+            assert output is not None
+            ended += [r.id for r in output.finished]
+        assert ended == order
+
+
+def test_decodes_go_on_while_a_long_prompt_is_chunked():
+    house = House(num_blocks=40, block_size=4, num_rows=4, budget=8)
+    first = house.add([0, 1, 0], 40)[0]
+    house.step()
+    house.add([1] * 60, 4)
+    for _ in range(5):
+        before = len(house.engine.rows.generated(first.row))
+        output = house.engine.step()
+        assert output is not None
+        assert (output.batch.num_decodes, output.batch.num_tokens) == (1, 8)
+        if first.finished:
+            break
+        assert len(house.engine.rows.generated(first.row)) == before + 1
+
+
+def test_aborting_a_parent_lets_its_forks_go_and_a_fork_leaves_alone():
+    house = House(num_blocks=40, block_size=4, num_rows=4, budget=8)
+    parent, fork, other = house.add([0, 1, 0], 5, n=3)
+    assert fork.status is other.status is Status.HELD
+    house.engine.abort([fork])
+    house.engine.abort([parent])
+    assert other.status is Status.WAITING
+    house.check_books()
+    house.drain()
+    assert [r.finish_reason == "abort" for r in (parent, fork, other)] == [True, True, False]
+
+
+def test_recover_ends_everybody_and_starts_empty():
+    house = House(num_blocks=8, block_size=2, num_rows=2, budget=4)
+    asked = [house.add([0, 1, 0], 5, n=3), house.add([1], 3)]
+    house.step()
+    with mock.patch.object(ShadowRunner, "run", side_effect=RuntimeError("broken")), pytest.raises(RuntimeError):
+        house.engine.step()
+    house.engine.recover()
+    assert all(r.finish_reason == "abort" for family in asked for r in family)
+    assert not house.engine.has_work
+    house.everybody.clear()
+    house.add([0, 1, 0], 5)
+    house.drain()
+    house.check_answers(set())
