@@ -1,0 +1,44 @@
+"""What every kernel's launch shares: programmatic dependent launch, and what this GPU has."""
+
+from __future__ import annotations
+
+import functools
+import os
+
+import torch
+import triton
+import triton.language as tl
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@functools.cache
+def is_hopper() -> bool:
+    """TMA, wgmma and programmatic dependent launch (compute capability 9 and later)."""
+    return not INTERPRETED and torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 9
+
+
+def pdl(wanted: bool = True) -> dict[str, bool]:
+    """Launch arguments PDL= and launch_pdl= of a kernel whose first dependent read stands after `begin(PDL)`.
+
+    With it a kernel starts while the one before still drains; every kernel of a chain must wait, so that order is transitive.
+    """
+    on = wanted and is_hopper()
+    return {"PDL": on, "launch_pdl": on} if not INTERPRETED else {"PDL": False}
+
+
+@triton.jit
+def begin(PDL: tl.constexpr):
+    """Let the next kernel start, then wait for the results of the one before."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+
+
+def num_sms() -> int:
+    """Multiprocessors of the current GPU."""
+    return torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count if torch.cuda.is_available() else 1
+
+
+next_power_of_2 = triton.next_power_of_2
+cdiv = triton.cdiv

@@ -1,0 +1,49 @@
+"""RMSNorm, fused with what comes before it: the residual add, and the sum of a split-K product's partial results."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from llmkit_kernels.launch import begin, next_power_of_2, pdl
+
+
+@triton.jit
+def _add_rms_norm(
+    x, residual, weight, out, M, H, eps, SPLITS: tl.constexpr, ADD: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < H
+    w = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
+    begin(PDL)
+    total = tl.zeros([BLOCK], tl.float32)
+    for split in tl.static_range(SPLITS):
+        total += tl.load(x + (split * M + row) * H + columns, mask=inside, other=0.0).to(tl.float32)
+    if ADD:
+        # round the sum to the stream's dtype, as the unfused layers do
+        total = total.to(residual.dtype.element_ty).to(tl.float32)
+        total += tl.load(residual + row * H + columns, mask=inside, other=0.0).to(tl.float32)
+        total = total.to(residual.dtype.element_ty).to(tl.float32)
+        tl.store(residual + row * H + columns, total, mask=inside)
+    scale = tl.rsqrt(tl.sum(total * total, axis=0) / H + eps)
+    tl.store(out + row * H + columns, total * scale * w, mask=inside)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, out: Tensor | None = None) -> Tensor:
+    """residual += x, then the norm of residual; without a residual, the norm of x.
+
+    x: [M, H], or fp32 partial products [S, M, H], which are summed first, in order. residual: [M, H], updated in place.
+    Returns [M, H] in weight's dtype. Reference: `reference.add_rms_norm`.
+    """
+    splits = x.shape[0] if x.dim() == 3 else 1
+    rows, width = x.shape[-2:]
+    out = torch.empty(rows, width, dtype=weight.dtype, device=x.device) if out is None else out
+    block = next_power_of_2(width)
+    _add_rms_norm[(rows,)](
+        x, residual if residual is not None else x, weight, out, rows, width, eps,
+        SPLITS=splits, ADD=residual is not None, BLOCK=block, num_warps=min(16, max(1, block // 512)), **pdl(),
+    )  # fmt: skip
+    return out

@@ -1,0 +1,167 @@
+"""Each Triton kernel against its plain-torch meaning: on a GPU in bf16, without one in Triton's interpreter in fp32."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported
+pytest.importorskip("triton", reason="triton comes with torch's CUDA builds; without it there are no kernels to test")
+
+from llmkit_kernels import attention, gemm, norm, reference, rope_cache
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
+TOLERANCE = 2e-2 if DTYPE == torch.bfloat16 else 2e-5
+
+
+def close(got: torch.Tensor, want: torch.Tensor, tolerance: float = TOLERANCE) -> None:
+    """Relative distance of whole tensors; a NaN never passes."""
+    got, want = got.double(), want.double()
+    distance = float((got - want).norm() / want.norm().clamp_min(1e-12))
+    assert distance <= tolerance, f"relative distance {distance:.2e}"
+
+
+def normal(*shape: int, scale: float = 1.0, dtype: torch.dtype = DTYPE) -> torch.Tensor:
+    return (torch.randn(*shape, device=DEVICE) * scale).to(dtype)
+
+
+def poisoned(*shape: int, dtype: torch.dtype = DTYPE) -> torch.Tensor:
+    return torch.full(shape, float("nan"), dtype=dtype, device=DEVICE)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize(("rows", "width", "splits"), [(1, 64, 1), (3, 100, 2), (5, 576, 4)])
+def test_add_rms_norm_sums_partials_and_updates_the_residual(rows: int, width: int, splits: int) -> None:
+    parts, residual, weight = normal(splits, rows, width, dtype=torch.float32), normal(rows, width), normal(width)
+    want_residual = parts.sum(0).to(DTYPE) + residual
+    want = reference.rms_norm(want_residual, weight, 1e-5)
+    got = norm.add_rms_norm(parts, residual, weight, 1e-5, out=poisoned(rows, width))
+    close(residual, want_residual)
+    close(got, want)
+    close(norm.add_rms_norm(residual, None, weight, 1e-5), reference.rms_norm(residual, weight, 1e-5))
+
+
+@pytest.mark.parametrize("m", [1, 3, 16, 33])
+@pytest.mark.parametrize(("n", "k", "tile"), [(128, 256, gemm.Tile(64, 64, 4, 3, 2)), (96, 192, None), (200, 96, gemm.Tile(64, 32, 4, 2, 3))])
+def test_partial_products_add_up(m: int, n: int, k: int, tile: gemm.Tile | None) -> None:
+    x, w = normal(m, k), normal(n, k, scale=k**-0.5)
+    tile = tile or gemm.plan(n, k, m)
+    got = gemm.partial_products(x, gemm.SkinnyWeight(w), poisoned(tile.splits, m, n, dtype=torch.float32), tile)
+    close(got.sum(0), x.double() @ w.double().T)
+
+
+@pytest.mark.parametrize("m", [1, 5, 17])
+@pytest.mark.parametrize(("n", "k"), [(128, 128), (160, 64)])
+def test_gate_up_silu(m: int, n: int, k: int) -> None:
+    x, w = normal(m, k), normal(n, k, scale=k**-0.5)
+    gate, up = (x.double() @ w.double().T).unflatten(1, (-1, 2)).unbind(2)
+    close(gemm.gate_up_silu(x, gemm.SkinnyWeight(w), poisoned(m, n // 2)), torch.nn.functional.silu(gate) * up)
+
+
+@pytest.mark.parametrize("m", [1, 2, 20])
+def test_logits(m: int) -> None:
+    x, w = normal(m, 128), normal(1000, 128, scale=0.1)
+    close(gemm.logits(x, gemm.SkinnyWeight(w), poisoned(m, 1000, dtype=torch.float32)), x.double() @ w.double().T)
+
+
+def cache_of(contexts: list[int], kv_heads: int, dim: int, size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Random keys and values in shuffled blocks, and the block tables."""
+    held = [-(-c // size) for c in contexts]
+    order = np.random.default_rng(0).permutation(np.arange(1, sum(held) + 1))
+    tables = np.zeros((len(contexts), max(held)), np.int32)
+    for i, blocks in enumerate(np.split(order, np.cumsum(held)[:-1])):
+        tables[i, : len(blocks)] = blocks
+    shape = (sum(held) + 1, kv_heads, size, dim)
+    return normal(*shape), normal(*shape), torch.from_numpy(tables).to(DEVICE)
+
+
+def rotary(length: int, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    angle = torch.outer(torch.arange(length), 10000.0 ** -(torch.arange(0, dim, 2) / dim))
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat((cos, cos), 1).to(DEVICE, DTYPE), torch.cat((-sin, sin), 1).to(DEVICE, DTYPE)
+
+
+def unfused(qkv, bias, norms, tables, positions, heads, kv_heads, dim):  # type: ignore[no-untyped-def]
+    """q, k, v [T, heads, D] by the reference ops."""
+    total = (qkv + bias if bias is not None else qkv).to(DTYPE).view(qkv.shape[0], -1, dim)
+    qk, v = total[:, : heads + kv_heads], total[:, heads + kv_heads :]
+    if norms:
+        q_norm, k_norm, eps = norms
+        qk = torch.cat((reference.rms_norm(qk[:, :heads], q_norm, eps), reference.rms_norm(qk[:, heads:], k_norm, eps)), 1)
+    if tables:
+        qk = reference.rotate(qk, tables[0][positions][:, None], tables[1][positions][:, None])
+    return qk[:, :heads], qk[:, heads:], v
+
+
+def attend(q, k, v, k_cache, v_cache, tables, lens, contexts, scale, window):  # type: ignore[no-untyped-def]
+    """write_kv and paged_attention of the reference."""
+    size = k_cache.shape[2]
+    cu = np.concatenate(([0], np.cumsum(lens))).astype(np.int64)
+    table = tables.cpu().numpy()
+    slots = np.concatenate([table[i][p // size] * size + p % size for i, (n, c) in enumerate(zip(lens, contexts)) for p in [np.arange(c - n, c)]])
+    rows = reference.kv_rows(torch.from_numpy(slots.astype(np.int64)).to(DEVICE), k_cache.shape[1], size)
+    reference.write_kv(k, v, k_cache, v_cache, rows)
+    layout = reference.CacheLayout(k_cache.shape[1], size, k_cache.dtype, DEVICE)
+    plan = reference.plan_attention(cu, np.array(contexts), table, window, layout)
+    return reference.paged_attention(q, k, v, k_cache, v_cache, plan, scale)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "dim", "size"), [(4, 2, 32, 16), (7, 1, 64, 64), (6, 6, 16, 32)])
+@pytest.mark.parametrize("splits", [1, 4])
+@pytest.mark.parametrize("options", ["plain", "bias", "norm", "window", "no rotary"])
+def test_fused_decode(heads: int, kv_heads: int, dim: int, size: int, splits: int, options: str) -> None:
+    contexts = [1, 5, 64, 65, 200]
+    batch, width = len(contexts), (heads + 2 * kv_heads) * dim
+    k_cache, v_cache, tables = cache_of(contexts, kv_heads, dim, size)
+    parts = normal(2, batch, width, dtype=torch.float32)
+    bias = normal(width) if options == "bias" else None
+    norms = (normal(dim), normal(dim), 1e-6) if options == "norm" else None
+    tables_rope = None if options == "no rotary" else rotary(256, dim)
+    window = 70 if options == "window" else None
+    positions = torch.tensor(contexts, device=DEVICE) - 1
+    q, k, v = unfused(parts.sum(0), bias, norms, tables_rope, positions, heads, kv_heads, dim)
+    want_k, want_v = k_cache.clone(), v_cache.clone()
+    want = attend(q, k, v, want_k, want_v, tables, [1] * batch, contexts, dim**-0.5, window)
+    scratch = attention.DecodeScratch(batch, heads, kv_heads, dim, splits, DEVICE)
+    for _ in range(2):  # the second run finds the arrival counters reset, and the same keys
+        out = attention.fused_decode(
+            parts, bias, norms, tables_rope, k_cache, v_cache, tables, positions, dim**-0.5, window, scratch,
+            poisoned(batch, heads * dim),
+        )  # fmt: skip
+        close(out.view_as(want), want)
+    close(k_cache, want_k)
+    close(v_cache, want_v)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "dim", "size"), [(4, 2, 32, 16), (3, 1, 64, 64)])
+@pytest.mark.parametrize("options", ["plain", "norm", "window"])
+def test_prefill_of_ragged_chunks(heads: int, kv_heads: int, dim: int, size: int, options: str) -> None:
+    lens, contexts = [3, 130, 1, 64], [3, 150, 90, 64]
+    k_cache, v_cache, tables = cache_of(contexts, kv_heads, dim, size)
+    qkv = normal(sum(lens), (heads + 2 * kv_heads) * dim)
+    norms = (normal(dim), normal(dim), 1e-6) if options == "norm" else None
+    window = 40 if options == "window" else None
+    positions = torch.cat([torch.arange(c - n, c) for n, c in zip(lens, contexts)]).to(DEVICE)
+    rope = rotary(256, dim)
+    q, k, v = unfused(qkv, None, norms, rope, positions, heads, kv_heads, dim)
+    want_k, want_v = k_cache.clone(), v_cache.clone()
+    want = attend(q, k, v, want_k, want_v, tables, lens, contexts, dim**-0.5, window)
+    sequence = torch.repeat_interleave(torch.arange(len(lens)), torch.tensor(lens)).to(DEVICE)
+    slots = tables.long()[sequence, positions // size] * size + positions % size
+    got_q = rope_cache.rope_cache(qkv.view(sum(lens), -1, dim), norms, rope, positions, slots, k_cache, v_cache)
+    close(got_q, q)
+    close(k_cache, want_k)
+    close(v_cache, want_v)
+    cu = torch.tensor([0, *np.cumsum(lens)], dtype=torch.int32, device=DEVICE)
+    tiles = attention.query_tiles(np.array(lens), DEVICE)
+    context = torch.tensor(contexts, dtype=torch.int32, device=DEVICE)
+    close(attention.prefill(got_q, k_cache, v_cache, cu, context, tables, tiles, dim**-0.5, window), want)
