@@ -43,7 +43,7 @@ class MemoryPlan:
     @property
     def kv_tokens(self) -> int:
         """Tokens that the KV cache holds."""
-        return (self.num_blocks - 1) * self.block_size
+        return max(0, self.num_blocks - 1) * self.block_size
 
     @property
     def free(self) -> int:
@@ -67,7 +67,7 @@ class MemoryPlan:
         lines = [f"memory on {self.device} ({self.total / GiB:.1f} GiB)"]
         lines += [f"  {name:<16}{size / GiB:8.2f} GiB  {'█' * round(30 * size / self.total)}" for name, size in self.parts().items()]
         lines.append(
-            f"  {self.num_blocks - 1} blocks of {self.block_size} tokens = {self.kv_tokens:,} tokens: "
+            f"  {self.kv_tokens // self.block_size} blocks of {self.block_size} tokens = {self.kv_tokens:,} tokens: "
             f"{self.kv_tokens / self.max_model_len:.1f} requests of {self.max_model_len:,} tokens"
         )
         lines += [f"  note: {n}" for n in self.notes]
@@ -101,7 +101,7 @@ def plan_memory(
         num_blocks=0, max_model_len=wanted_len, max_num_seqs=max_num_seqs,
     )  # fmt: skip
     blocks_per_request = -(-wanted_len // config.block_size)
-    fits = int(_kv_budget(config, plan, device) // plan.block_bytes)
+    fits = max(0, int(_kv_budget(config, plan, device) // plan.block_bytes))
     plan.num_blocks = config.num_kv_blocks or min(fits, blocks_per_request * max_num_seqs + 1)
     if plan.num_blocks < 2:
         raise OutOfMemoryError(f"no room for a KV cache\n{plan}", "; or ".join(plan.fixes()))
