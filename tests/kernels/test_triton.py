@@ -12,7 +12,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported
 pytest.importorskip("triton", reason="triton comes with torch's CUDA builds; without it there are no kernels to test")
 
-from llmkit_kernels import attention, gemm, norm, reference, rope_cache
+from llmkit_kernels import activation, attention, gemm, norm, reference, rope_cache, sampling
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
@@ -115,7 +115,7 @@ def attend(q, k, v, k_cache, v_cache, tables, lens, contexts, scale, window):  #
     return reference.paged_attention(q, k, v, k_cache, v_cache, plan, scale)
 
 
-@pytest.mark.parametrize(("heads", "kv_heads", "dim", "size"), [(4, 2, 32, 16), (7, 1, 64, 64), (6, 6, 16, 32)])
+@pytest.mark.parametrize(("heads", "kv_heads", "dim", "size"), [(4, 2, 32, 16), (7, 1, 64, 64), (6, 6, 32, 32)])
 @pytest.mark.parametrize("splits", [1, 4])
 @pytest.mark.parametrize("options", ["plain", "bias", "norm", "window", "no rotary"])
 def test_fused_decode(heads: int, kv_heads: int, dim: int, size: int, splits: int, options: str) -> None:
@@ -165,3 +165,47 @@ def test_prefill_of_ragged_chunks(heads: int, kv_heads: int, dim: int, size: int
     tiles = attention.query_tiles(np.array(lens), DEVICE)
     context = torch.tensor(contexts, dtype=torch.int32, device=DEVICE)
     close(attention.prefill(got_q, k_cache, v_cache, cu, context, tables, tiles, dim**-0.5, window), want)
+
+
+@pytest.mark.parametrize("vocab", [100, 5000])
+def test_sample_is_greedy_at_zero_and_draws_the_softmax_else(vocab: int) -> None:
+    batch, rows = 3, torch.tensor([4, 0, 2], device=DEVICE)
+    logits = normal(batch, vocab, scale=3.0, dtype=torch.float32)
+    temperatures = torch.zeros(5, device=DEVICE)
+    seeds, counters, last = (torch.zeros(5, dtype=torch.int64, device=DEVICE) for _ in range(3))
+    scratch, out = sampling.SampleScratch(batch, vocab, DEVICE), torch.full((batch,), -7, device=DEVICE)
+    sampling.sample(logits, rows, temperatures, seeds, counters, last, out, scratch)
+    assert torch.equal(out, logits.argmax(1))
+    assert torch.equal(last[rows], out)
+    assert counters[rows].tolist() == [1, 1, 1]
+    assert counters[[1, 3]].tolist() == [0, 0]
+
+
+def test_sample_says_when_nothing_can_be_chosen() -> None:
+    logits = torch.full((1, 10), float("nan"), device=DEVICE)
+    zero, last = torch.zeros(1, dtype=torch.int64, device=DEVICE), torch.full((1,), 9, device=DEVICE)
+    out = sampling.sample(logits, zero, torch.ones(1, device=DEVICE), zero, zero.clone(), last, zero.clone(), sampling.SampleScratch(1, 10, DEVICE))
+    assert (out.item(), last.item()) == (-1, 0)
+
+
+def test_sampled_frequencies_fit_and_repeat() -> None:
+    draws, probabilities = 400, torch.tensor([0.5, 0.3, 0.15, 0.05], device=DEVICE)
+    logits = probabilities.log().repeat(draws, 1)
+    rows = torch.arange(draws, device=DEVICE)
+    seeds = torch.arange(draws, device=DEVICE) * 7 + 3
+    outs = []
+    for _ in range(2):
+        counters, last = torch.zeros_like(rows), torch.zeros_like(rows)
+        scratch = sampling.SampleScratch(draws, 4, DEVICE)
+        outs.append(sampling.sample(logits, rows, torch.ones(draws, device=DEVICE), seeds, counters, last, rows.clone(), scratch))
+    assert torch.equal(*outs)
+    expected = probabilities.cpu() * draws
+    chi2 = ((torch.bincount(outs[0].cpu(), minlength=4) - expected) ** 2 / expected).sum()
+    assert chi2 < 16.27  # 0.999 quantile of chi-square with 3 degrees of freedom
+
+
+@pytest.mark.parametrize("width", [64, 1500])
+def test_silu_mul_pairs(width: int) -> None:
+    x = normal(3, 2 * width)
+    gate, up = x.double().unflatten(1, (-1, 2)).unbind(2)
+    close(activation.silu_mul_pairs(x), torch.nn.functional.silu(gate) * up)
