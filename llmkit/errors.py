@@ -75,6 +75,10 @@ class EngineClosedError(LlmkitError, RuntimeError):
     """The engine was closed, by `close()` or by leaving `with LLM(...)`."""
 
 
+class EngineError(LlmkitError, RuntimeError):
+    """A step broke, and this request with it, though somebody else may have caused it; `__cause__` says how."""
+
+
 class CheckFailed(LlmkitError, AssertionError):
     """A notebook check (`llmkit.check`) that did not hold."""
 

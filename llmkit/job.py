@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from llmkit.detokenizer import Detokenizer
 from llmkit.engine.request import Request
+from llmkit.errors import LlmkitError
 from llmkit.outputs import CompletionOutput, RequestOutput, StreamChunk
 from llmkit.sampling_params import SamplingParams
 from llmkit.tokenizer import Tokenizer
@@ -73,7 +73,11 @@ class Answer:
 
 
 class Job:
-    """A prompt and its n answers. Streamed pieces go to `notify`, or wait in `chunks`."""
+    """A prompt and its n answers.
+
+    notify: called with every new piece when `streaming`, else once an answer, at its end; None when nobody listens.
+    error: why it was ended from outside, for its reader to raise.
+    """
 
     def __init__(
         self,
@@ -81,11 +85,10 @@ class Job:
         requests: list[Request],
         tokenizer: Tokenizer,
         streaming: bool = False,
-        notify: Callable[[StreamChunk], None] | None = None,
     ) -> None:
         self.prompt, self.requests, self.streaming = prompt, requests, streaming
-        self.chunks: deque[StreamChunk] = deque()
-        self._notify = notify or self.chunks.append
+        self.notify: Callable[[StreamChunk], None] | None = None
+        self.error: LlmkitError | None = None
         params = requests[0].params
         live = params.detokenize and (streaming or bool(params.stop))
         ids = requests[0].prompt.tolist()
@@ -113,17 +116,18 @@ class Job:
         """The request has ended: make the rest of its text and send the last piece."""
         answer = self.answers[request]
         answer.close()
-        if self.streaming:
-            self._send(answer)
+        self._send(answer)
 
     def _send(self, answer: Answer) -> None:
+        if self.notify is None:
+            return
         logprobs = None
         if self.params.logprobs is not None:
             logprobs = answer.request.logprobs[answer.num_sent_logprobs :]
             answer.num_sent_logprobs = len(answer.request.logprobs)
         chunk = StreamChunk(answer.new_text, answer.new_tokens, answer.index, answer.request.finish_reason, logprobs, self.output)
         answer.new_text, answer.new_tokens = "", []
-        self._notify(chunk)
+        self.notify(chunk)
 
     def output(self) -> RequestOutput:
         """Everything so far."""

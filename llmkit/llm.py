@@ -4,33 +4,36 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import gc
 import inspect
 import sys
-import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import llmkit
 from llmkit.chat import is_batch_of_conversations, is_conversation, render_chat
 from llmkit.config import DEFAULT_MODEL, EngineConfig
-from llmkit.engine.engine import Engine, StepOutput
+from llmkit.driver import Driver
+from llmkit.engine.engine import Engine
 from llmkit.engine.memory import MemoryPlan
-from llmkit.engine.request import Request
 from llmkit.engine.start import Started, StartupReport, start_engine
-from llmkit.errors import EngineClosedError, InvalidRequestError
-from llmkit.interrupt import interrupt_afterwards
+from llmkit.errors import InvalidRequestError
 from llmkit.job import Job
-from llmkit.outputs import RequestOutput, StreamChunk
+from llmkit.outputs import RequestOutput, RequestOutputs, StreamChunk
+from llmkit.progress import generation_progress, in_notebook
 from llmkit.prompts import Prompt, RequestBuilder, as_list
 from llmkit.sampling_params import SamplingParams
 from llmkit.step_view import StepView, view_step
+from llmkit.vllm_options import reject_vllm_options
 
 Params = SamplingParams | Sequence[SamplingParams] | None
 Message = dict[str, Any]
+GENERATE_OPTIONS = ("prompts", "sampling_params", "use_tqdm", "priority", "prompt_token_ids")
+CHAT_OPTIONS = ("chat_template", "tools", "add_generation_prompt", "continue_final_message", "chat_template_kwargs")
 
 
 class LLM:
@@ -43,59 +46,62 @@ class LLM:
     tokenizer: taken from elsewhere if given. options: every field of `EngineConfig`; vLLM's spellings work, and an unknown
     option is refused with the nearest name. Calls from several threads are fine; they share each step.
 
-    last_partial: what the last interrupted or failed call had produced.
+    last_partial: what the last call that was interrupted, failed or left early had produced.
     """
 
     def __init__(self, model: str | Path = DEFAULT_MODEL, tokenizer: str | Path | None = None, **options: Any) -> None:
-        self._started: Started | None = None
         config = EngineConfig.from_options(model=model, tokenizer=tokenizer, **options)
         report = StartupReport()
         if "llmkit.llm" in llmkit.import_seconds:
             report.stages["import"] = llmkit.import_seconds["llmkit.llm"]
-        self._lock = threading.RLock()
-        self._jobs: dict[Request, Job] = {}
-        self._driver: threading.Thread | None = None
-        self._wake = threading.Condition(self._lock)
-        self.last_partial: list[RequestOutput] = []
-        with interrupt_afterwards():
-            self._started = start_engine(config, report)
-        self._builder = RequestBuilder(self._started)
+        self.last_partial: list[RequestOutput] = RequestOutputs()
+        started = start_engine(config, report)
+        self._builder = RequestBuilder(started)
+        self._driver = Driver(started)
+        weakref.finalize(self, self._driver.close)  # when the last reference goes, and before the interpreter ends
         self._announce()
 
     def _announce(self) -> None:
-        """The one line at load."""
-        s, plan = self._open, self._engine.plan
+        """The one line at load. Not on stderr in a notebook, where that is a red block."""
+        s, plan = self._started, self._engine.plan
         line = (
-            f"llmkit: {s.folder.name} on {s.report.facts['runs on']}, context {plan.max_model_len:,}, "
+            f"llmkit: {s.config.model} on {s.report.facts['runs on']}, context {plan.max_model_len:,}, "
             f"KV cache {plan.kv_tokens:,} tokens, ready in {s.report.total:.1f} s"
         )
-        print(line, file=sys.stderr)
+        print("; ".join([line, *plan.notes]), file=sys.stdout if in_notebook() else sys.stderr)
 
     @property
-    def _open(self) -> Started:
-        if self._started is None:
-            raise EngineClosedError("this LLM is closed", "make a new one: LLM(...)")
-        return self._started
+    def _started(self) -> Started:
+        return self._driver.started
 
     @property
     def _engine(self) -> Engine:
-        return self._open.engine
+        return self._started.engine
 
     # ---- asking
 
     def generate(
         self,
-        prompts: Prompt | Sequence[Prompt],
+        prompts: Prompt | Sequence[Prompt] | None = None,
         sampling_params: Params = None,
         use_tqdm: bool = True,
-        priority: int = 0,
+        priority: int | Sequence[int] | None = None,
+        *,
+        prompt_token_ids: Sequence[int] | Sequence[Sequence[int]] | None = None,
+        **vllm_options: Any,
     ) -> list[RequestOutput]:
         """Continue each prompt (text, or token ids); one RequestOutput a prompt, in order.
 
         sampling_params: one for all or one each; None takes the model's own defaults. priority: smaller runs first, with
-        scheduling_policy="priority". An interrupt aborts this call's requests and keeps what they had in `last_partial`.
+        scheduling_policy="priority"; one for all or one each. prompt_token_ids: an older spelling of prompts that are ids.
+        An interrupt aborts this call's requests and keeps what they had in `last_partial`.
         """
-        return self._finish(self._submit(as_list(prompts), sampling_params, priority), use_tqdm)
+        reject_vllm_options(vllm_options, "generate()", GENERATE_OPTIONS)
+        if prompts is None:
+            prompts = prompt_token_ids
+        elif prompt_token_ids is not None:
+            raise InvalidRequestError("give prompts or prompt_token_ids, not both", param="prompts")
+        return self._finish(self._jobs(as_list(prompts), sampling_params, priority), use_tqdm)
 
     def chat(
         self,
@@ -108,76 +114,90 @@ class LLM:
         add_generation_prompt: bool | None = None,
         continue_final_message: bool = False,
         chat_template_kwargs: dict[str, Any] | None = None,
+        **vllm_options: Any,
     ) -> list[RequestOutput]:
         """Answer one conversation or a batch of them, through the model's chat template."""
+        reject_vllm_options(vllm_options, "chat()", ["messages", *GENERATE_OPTIONS[1:3], *CHAT_OPTIONS])
         rendered = self._render(
-            messages if is_batch_of_conversations(messages) else [messages], chat_template=chat_template, tools=tools,
-            add_generation_prompt=add_generation_prompt, continue_final_message=continue_final_message,
-            **chat_template_kwargs or {},
+            messages if is_batch_of_conversations(messages) else [messages],
+            {
+                "chat_template": chat_template, "tools": tools, "add_generation_prompt": add_generation_prompt,
+                "continue_final_message": continue_final_message, "chat_template_kwargs": chat_template_kwargs,
+            },
         )  # fmt: skip
-        return self._finish(self._submit(rendered, sampling_params, special=False), use_tqdm)
+        return self._finish(self._jobs(rendered, sampling_params, special=False), use_tqdm)
 
     def stream(
         self, prompt: Prompt | list[Message], sampling_params: SamplingParams | None = None, **chat_options: Any
     ) -> Iterator[StreamChunk]:
-        """Answer one prompt or conversation piece by piece. Leaving the loop early aborts the request."""
-        job = self._submit_one(prompt, sampling_params, chat_options)
-        return self._read(job)
+        """Answer one prompt or conversation piece by piece. Leaving the loop early aborts the request.
+
+        chat_options: those of `chat`.
+        """
+        return self._read(self._job(prompt, sampling_params, chat_options, streaming=True))
 
     def _read(self, job: Job) -> Iterator[StreamChunk]:
-        try:
-            while True:
-                while job.chunks:
-                    yield job.chunks.popleft()
-                if job.finished:
-                    return
-                self._step()
-        except BaseException as e:
-            if not isinstance(e, GeneratorExit):
-                self.last_partial = self._abort([job])
-            raise
-        finally:
-            self._abort([job])
+        chunks: deque[StreamChunk] = deque()
+        job.notify = chunks.append
+        with self._partial_if_it_breaks([job]):
+            self._driver.submit([job])
+            while chunks or not job.finished:
+                while chunks:
+                    yield chunks.popleft()
+                if not job.finished:
+                    self._driver.step()
+            _raise_errors([job])
 
     async def agenerate(
         self, prompt: Prompt | list[Message], sampling_params: SamplingParams | None = None, **chat_options: Any
     ) -> RequestOutput:
         """`generate` or `chat` of one prompt for async code; many at once share the engine's steps. Cancelling aborts it."""
-        last: StreamChunk | None = None
-        async for last in self.astream(prompt, sampling_params, **chat_options):
-            pass
-        if last is None or last.output is None:
-            raise EngineClosedError("this LLM was closed while it answered")
-        return last.output()
+        job = self._job(prompt, sampling_params, chat_options, streaming=False)
+        async for _ in self._aread(job):
+            """Each piece is a whole answer."""
+        return job.output()
 
-    async def astream(
+    def astream(
         self, prompt: Prompt | list[Message], sampling_params: SamplingParams | None = None, **chat_options: Any
     ) -> AsyncIterator[StreamChunk]:
         """`stream` for async code. The engine runs in a thread of its own, so the event loop stays free."""
-        loop, queue = asyncio.get_running_loop(), asyncio.Queue[StreamChunk]()
-        job = self._submit_one(prompt, sampling_params, chat_options, lambda chunk: loop.call_soon_threadsafe(queue.put_nowait, chunk))
-        self._drive_in_background()
-        left = len(job.requests)
+        return self._aread(self._job(prompt, sampling_params, chat_options, streaming=True))
+
+    async def _aread(self, job: Job) -> AsyncIterator[StreamChunk]:
+        loop, queue, driver = asyncio.get_running_loop(), asyncio.Queue[StreamChunk](), self._driver
+
+        def send(chunk: StreamChunk) -> None:
+            try:
+                loop.call_soon_threadsafe(queue.put_nowait, chunk)
+            except RuntimeError:  # the loop was closed, so nobody reads any more
+                driver.leave(job)
+
+        job.notify = send
         try:
+            driver.submit([job], in_background=True)
+            left = len(job.requests)
             while left:
                 chunk = await queue.get()
                 left -= chunk.finish_reason is not None
                 yield chunk
+            _raise_errors([job])
         finally:
-            self._abort([job])
+            driver.leave(job)
 
     def step_through(self, prompts: Prompt | Sequence[Prompt], sampling_params: Params = None) -> Iterator[StepView]:
         """Run these prompts one engine step at a time, for looking: each step's batch, block tables and tokens."""
-        jobs = self._submit(as_list(prompts), sampling_params)
-        try:
+        return self._step_through(self._jobs(as_list(prompts), sampling_params))
+
+    def _step_through(self, jobs: list[Job]) -> Iterator[StepView]:
+        with self._partial_if_it_breaks(jobs):
+            self._driver.submit(jobs)
             while not all(j.finished for j in jobs):
-                with self._lock:
-                    output = self._step()
-                    view = view_step(self._engine, output, self._open.tokenizer) if output else None
+                with self._driver.turn() as engine:
+                    output = self._driver.step()
+                    view = view_step(engine, output, self._started.tokenizer) if output else None
                 if view:
                     yield view
-        finally:
-            self._abort(jobs)
+            _raise_errors(jobs)
 
     # ---- looking inside
 
@@ -187,16 +207,16 @@ class LLM:
 
     def startup_report(self) -> StartupReport:
         """How long each stage of the start took; print it."""
-        return self._open.report
+        return self._started.report
 
     def stats(self) -> dict[str, Any]:
         """Counters of now and since the start: requests, blocks, tokens, preemptions, prefix cache."""
-        with self._lock:
-            return self._engine.stats()
+        with self._driver.turn() as engine:
+            return engine.stats()
 
     def get_tokenizer(self) -> Any:
         """The tokenizer: encode, decode, special tokens."""
-        return self._open.tokenizer
+        return self._started.tokenizer
 
     def get_default_sampling_params(self) -> SamplingParams:
         """What `sampling_params=None` means for this model."""
@@ -205,30 +225,18 @@ class LLM:
     @property
     def config(self) -> EngineConfig:
         """The options in force."""
-        return self._open.config
+        return self._started.config
 
     def reset_prefix_cache(self) -> None:
         """Forget every cached prefix."""
-        with self._lock:
-            self._engine.pool.forget_all()
+        with self._driver.turn() as engine:
+            engine.pool.forget_all()
 
     # ---- ending
 
     def close(self) -> None:
         """Abort everything and give the memory back. Closing twice is fine."""
-        if getattr(self, "_started", None) is None:
-            return
-        with self._lock:
-            self._abort(list(dict.fromkeys(self._jobs.values())))
-            on_gpu = self._engine.model.device.type == "cuda"
-            self._started = None
-            self._builder = None  # type: ignore[assignment]  # every use asks `_open` first
-            self._wake.notify_all()
-        gc.collect()
-        if on_gpu:
-            import torch
-
-            torch.cuda.empty_cache()
+        self._driver.close()
 
     def __enter__(self) -> LLM:
         return self
@@ -236,143 +244,91 @@ class LLM:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def __del__(self) -> None:
-        if not sys.is_finalizing():
-            self.close()
-
     def __repr__(self) -> str:
-        if self._started is None:
+        if self._driver.closed:
             return "LLM(closed)"
         return f"LLM({self._started.config.model!r}, {self._started.report.facts['runs on']})"
 
     # ---- inside
 
-    def _render(self, conversations: list[Any], **options: Any) -> list[Prompt]:
-        return [render_chat(self._open.tokenizer, c, **options) for c in conversations]
+    def _render(self, conversations: list[Any], options: dict[str, Any]) -> list[Prompt]:
+        options = dict(options)
+        extra = options.pop("chat_template_kwargs", None) or {}
+        return [render_chat(self._started.tokenizer, c, **options, **extra) for c in conversations]
 
-    def _submit_one(
-        self,
-        prompt: Prompt | list[Message],
-        params: SamplingParams | None,
-        chat_options: dict[str, Any],
-        notify: Callable[[StreamChunk], None] | None = None,
+    def _job(
+        self, prompt: Prompt | list[Message], params: SamplingParams | None, chat_options: dict[str, Any], streaming: bool
     ) -> Job:
+        """The job of one prompt or one conversation."""
+        where = "a stream or agenerate()"
+        reject_vllm_options(chat_options, where, CHAT_OPTIONS)
         chat = is_conversation(prompt)
         if chat:
-            prompt = self._render([prompt], **chat_options)[0]
+            prompt = self._render([prompt], chat_options)[0]
         elif chat_options:
             raise InvalidRequestError(f"{', '.join(chat_options)} go with messages, not with a plain prompt")
-        prompts = as_list(prompt)  # type: ignore[arg-type]  # a conversation has just become text
+        prompts = as_list(prompt)
         if len(prompts) != 1:
-            raise InvalidRequestError(f"stream takes one prompt, got {len(prompts)}", "use generate() for several", "prompt")
-        return self._submit(prompts, params, special=not chat, streaming=True, notify=notify)[0]
+            raise InvalidRequestError(f"{where} takes one prompt, got {len(prompts)}", "use generate() for several", "prompt")
+        return self._jobs(prompts, params, special=not chat, streaming=streaming)[0]
 
-    def _submit(
+    def _jobs(
         self,
         prompts: Sequence[Prompt],
         params: Params,
-        priority: int = 0,
+        priority: int | Sequence[int] | None = None,
         special: bool = True,
         streaming: bool = False,
-        notify: Callable[[StreamChunk], None] | None = None,
     ) -> list[Job]:
-        """Validate and tokenise all, then queue all: a bad prompt leaves nothing behind."""
-        started = self._open
+        """Validate and tokenise all; nothing is queued yet, so a bad prompt leaves nothing behind."""
+        tokenizer = self._started.tokenizer
         built = self._builder.build(prompts, params, priority, add_special_tokens=special)
-        jobs = [Job(text, requests, started.tokenizer, streaming, notify) for text, requests in built]
-        with interrupt_afterwards(), self._wake:
-            for job in jobs:
-                for request in job.requests:
-                    self._jobs[request] = job
-                    self._engine.add(request)
-            self._wake.notify_all()
-        return jobs
-
-    def _step(self) -> StepOutput | None:
-        """One engine step, whoever's requests it advances."""
-        with interrupt_afterwards(), self._lock:
-            engine = self._engine
-            try:
-                output = engine.step()
-            except BaseException:
-                engine.recover()
-                self._settle(list(self._jobs))
-                raise
-            if output is not None:
-                self._dispatch(engine, output)
-            return output
-
-    def _dispatch(self, engine: Engine, output: StepOutput) -> None:
-        for request, token in zip(output.requests, output.token_ids.tolist()):
-            if token >= 0 and self._jobs[request].take(request, token):
-                engine.stop(request)
-                output.finished.append(request)
-        self._settle(output.finished)
-
-    def _settle(self, requests: list[Request]) -> None:
-        """Close the books of requests that have ended."""
-        for request in requests:
-            job = self._jobs.pop(request, None)
-            if job is not None:
-                job.close(request)
+        return [Job(text, requests, tokenizer, streaming) for text, requests in built]
 
     def _finish(self, jobs: list[Job], show_progress: bool) -> list[RequestOutput]:
         """Step until these jobs are done."""
-        from llmkit.progress import generation_progress
+        with self._partial_if_it_breaks(jobs), generation_progress(len(jobs), show_progress) as bar:
+            self._driver.submit(jobs)
+            begin, before, first = time.monotonic(), self._engine.num_generated_tokens, 0
+            while first < len(jobs):
+                self._driver.step()
+                first = _next_unfinished(jobs, first)
+                if first == len(jobs) or bar.due():
+                    speed = (self._engine.num_generated_tokens - before) / max(1e-9, time.monotonic() - begin)
+                    bar.show(first + sum(j.finished for j in jobs[first:]), speed)
+            _raise_errors(jobs)
+        return RequestOutputs(j.output() for j in jobs)
 
-        begin, left = time.monotonic(), jobs
+    @contextmanager
+    def _partial_if_it_breaks(self, jobs: list[Job]) -> Iterator[None]:
+        """However the block is left, nothing of these jobs goes on; left early, `last_partial` has what there was."""
         try:
-            with generation_progress(len(jobs), show_progress) as bar:
-                while left:
-                    output = self._step()
-                    if output is None or output.finished:
-                        still = [j for j in left if not j.finished]
-                        bar.advance(len(left) - len(still), self._tokens(jobs) / max(1e-9, time.monotonic() - begin))
-                        left = still
+            yield
         except BaseException:
-            self.last_partial = self._abort(jobs)
+            self._driver.abort(jobs)
+            self.last_partial = RequestOutputs(j.output() for j in jobs)
             raise
-        return [j.output() for j in jobs]
-
-    @staticmethod
-    def _tokens(jobs: list[Job]) -> int:
-        return sum(len(a.token_ids) for j in jobs for a in j.answers.values())
-
-    def _abort(self, jobs: list[Job]) -> list[RequestOutput]:
-        """End what still runs of these jobs; returns what they have."""
-        with self._lock:
-            running = [r for j in jobs for r in j.requests if not r.finished]
-            if running and self._started is not None:
-                self._engine.abort(running)
-            self._settle(running)
-        return [j.output() for j in jobs]
-
-    def _drive_in_background(self) -> None:
-        """Have a thread step as long as there is work; it ends when this LLM closes."""
-        with self._lock:
-            if self._driver is None or not self._driver.is_alive():
-                self._driver = threading.Thread(target=_drive, args=(weakref.ref(self), self._wake), name="llmkit-steps", daemon=True)
-                self._driver.start()
 
 
-def _drive(owner: weakref.ref[LLM], wake: threading.Condition) -> None:
-    """Step while somebody waits. Holds no reference between steps, so that a forgotten LLM is freed."""
-    while True:
-        llm = owner()
-        if llm is None or llm._started is None:
-            return
-        if llm._engine.has_work:
-            llm._step()
-            continue
-        del llm
-        with wake:
-            wake.wait(timeout=1.0)
+def _next_unfinished(jobs: list[Job], start: int) -> int:
+    return next((i for i in range(start, len(jobs)) if not jobs[i].finished), len(jobs))
 
 
+def _raise_errors(jobs: list[Job]) -> None:
+    """What ended a job from outside is raised where its answer is awaited."""
+    for job in jobs:
+        if job.error is not None:
+            raise job.error
+
+
+_POSITIONAL = ("self", "model", "tokenizer")
 LLM.__init__.__signature__ = inspect.Signature(  # type: ignore[attr-defined]  # what Shift-Tab shows: the option table
     [inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)]
     + [
-        inspect.Parameter(f.name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=f.default, annotation=f.type)
+        inspect.Parameter(
+            f.name, inspect.Parameter.POSITIONAL_OR_KEYWORD if f.name in _POSITIONAL else inspect.Parameter.KEYWORD_ONLY,
+            default=f.default, annotation=f.type,
+        )
         for f in dataclasses.fields(EngineConfig)
     ]
-)
+)  # fmt: skip

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from html import escape
 
 
 @dataclass(slots=True)
@@ -31,10 +32,11 @@ class RequestMetrics:
         return None if self.first_token_time is None else self.first_token_time - self.arrival_time
 
 
-@dataclass
+@dataclass(repr=False)
 class CompletionOutput:
-    """One answer. `finish_reason`: "stop", "length", "abort", or None while it runs; `stop_reason`: the stop string or token
-    id that ended it, None for eos."""
+    """One answer. finish_reason: "stop", "length", "abort", "error" (nothing could follow: the model said NaN, or the masks left
+    no token), or None while it runs. stop_reason: the stop string or token id that ended it, None for eos. logprobs: for each
+    token the likeliest ones and itself."""
 
     index: int
     text: str
@@ -48,8 +50,18 @@ class CompletionOutput:
     def finished(self) -> bool:
         return self.finish_reason is not None
 
+    def __repr__(self) -> str:
+        return (
+            f"CompletionOutput(index={self.index}, text={_shortened(self.text, 400)!r}, token_ids={_few(self.token_ids)}, "
+            f"finish_reason={self.finish_reason!r}, stop_reason={self.stop_reason!r})"
+        )
 
-@dataclass
+    def _repr_html_(self) -> str:
+        how = escape(f"{len(self.token_ids):,} tokens, {self.finish_reason or 'unfinished'}")
+        return f'<div style="white-space: pre-wrap">{escape(self.text)}</div><small>{how}</small>'
+
+
+@dataclass(repr=False)
 class RequestOutput:
     """A prompt and its answers, `outputs[0].text` being the first."""
 
@@ -66,6 +78,45 @@ class RequestOutput:
     def text(self) -> str:
         """The first answer's text."""
         return self.outputs[0].text
+
+    def __repr__(self) -> str:
+        answers = ", ".join(map(repr, self.outputs))
+        return (
+            f"RequestOutput(request_id={self.request_id!r}, prompt={_shortened(self.prompt, 200)!r}, "
+            f"prompt_token_ids={_few(self.prompt_token_ids)}, outputs=[{answers}], finished={self.finished})"
+        )
+
+    def _repr_html_(self) -> str:
+        return _table([self])
+
+
+class RequestOutputs(list[RequestOutput]):
+    """What `generate` returns: a list, which a notebook shows as a table of prompts and answers."""
+
+    def __repr__(self) -> str:
+        return "[" + ",\n ".join(map(repr, self)) + "]"
+
+    def _repr_html_(self) -> str:
+        return _table(self)
+
+
+def _few(ids: list[int]) -> str:
+    return str(ids) if len(ids) <= 8 else f"[{', '.join(map(str, ids[:6]))}, ... {len(ids):,} in all]"
+
+
+def _shortened(text: str | None, limit: int) -> str | None:
+    return text if text is None or len(text) <= limit else f"{text[: limit - 20]}... {len(text):,} characters"
+
+
+def _table(requests: Sequence[RequestOutput], limit: int = 100) -> str:
+    rows = [
+        f'<tr><td style="text-align: left; vertical-align: top; white-space: pre-wrap">{escape(prompt)}</td>'
+        f'<td style="text-align: left">{"<hr>".join(a._repr_html_() for a in r.outputs)}</td></tr>'
+        for r in requests[:limit]
+        for prompt in [_shortened(r.prompt, 600) or f"token ids {_few(r.prompt_token_ids)}"]
+    ]
+    more = f"<caption>the first {limit} of {len(requests):,}</caption>" if len(requests) > limit else ""
+    return f"<table>{more}<thead><tr><th>prompt</th><th>answer</th></tr></thead><tbody>{''.join(rows)}</tbody></table>"
 
 
 @dataclass

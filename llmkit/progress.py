@@ -8,41 +8,66 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
+_INTERVAL = 0.2  # seconds between two drawings
+
 
 class GenerationBar(Protocol):
     """What `LLM.generate` tells."""
 
-    def advance(self, done: int, tokens_per_second: float) -> None:
-        """`done` more requests have ended; the speed so far."""
+    def due(self) -> bool:
+        """True when it is time to show something new."""
+        ...
+
+    def show(self, done: int, tokens_per_second: float) -> None:
+        """So many requests have ended; the speed so far."""
         ...
 
 
 class _Silent:
-    def advance(self, done: int, tokens_per_second: float) -> None:
+    def due(self) -> bool:
+        return False
+
+    def show(self, done: int, tokens_per_second: float) -> None:
         """Nobody looks."""
 
 
-class _Terminal:
+class _Timed:
+    """Draws now and then, so that the drawing costs nothing."""
+
+    def __init__(self) -> None:
+        self._next = 0.0
+
+    def due(self) -> bool:
+        now = time.monotonic()
+        if now < self._next:
+            return False
+        self._next = now + _INTERVAL
+        return True
+
+
+class _Terminal(_Timed):
     def __init__(self, total: int) -> None:
         from tqdm import tqdm
 
+        super().__init__()
         self.bar = tqdm(total=total, desc="generate", unit="req", file=sys.stderr, dynamic_ncols=True)
 
-    def advance(self, done: int, tokens_per_second: float) -> None:
+    def show(self, done: int, tokens_per_second: float) -> None:
         self.bar.set_postfix_str(f"{tokens_per_second:.0f} tok/s", refresh=False)
-        self.bar.update(done)
+        self.bar.update(done - self.bar.n)
 
     def close(self) -> None:
         self.bar.close()
 
 
-class _Notebook:
+class _Notebook(_Timed):
     """One display that is updated, and so saved in its final state."""
 
     def __init__(self, total: int) -> None:
         from IPython.display import display
 
-        self.total, self.done, self.speed, self.drawn = total, 0, 0.0, 0.0
+        super().__init__()
+        self.total, self.done, self.speed = total, 0, 0.0
         self.handle: Any = display(self._state(), raw=True, display_id=True)
 
     def _state(self) -> dict[str, str]:
@@ -50,11 +75,9 @@ class _Notebook:
         html = f'<progress value="{self.done}" max="{self.total}" aria-label="requests done"></progress> {text}'
         return {"text/plain": text, "text/html": html}
 
-    def advance(self, done: int, tokens_per_second: float) -> None:
-        self.done, self.speed = self.done + done, tokens_per_second
-        if time.monotonic() - self.drawn > 0.1 or self.done == self.total:
-            self.handle.update(self._state(), raw=True)
-            self.drawn = time.monotonic()
+    def show(self, done: int, tokens_per_second: float) -> None:
+        self.done, self.speed = done, tokens_per_second
+        self.handle.update(self._state(), raw=True)
 
     def close(self) -> None:
         self.handle.update(self._state(), raw=True)

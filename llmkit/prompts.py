@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -14,23 +14,70 @@ from llmkit.engine.sampling_rows import check_token_ids
 from llmkit.engine.start import Started
 from llmkit.errors import InvalidRequestError
 from llmkit.sampling_params import SamplingParams
+from llmkit.vllm_options import reject_vllm_options
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
 
 
-def as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+_DICT_KEYS = ("prompt", "prompt_token_ids")
+
+
+def as_list(prompts: Any) -> list[Prompt]:
     """One prompt or many -> a list of prompts. A list of integers is ONE prompt, of token ids."""
     if isinstance(prompts, (str, Mapping)) or _is_token_ids(prompts):
         return [prompts]
-    if isinstance(prompts, Sequence):
-        return list(prompts)
-    raise InvalidRequestError(f"a prompt is text, a list of token ids, or a list of these; got {type(prompts).__name__}", param="prompt")
+    if not isinstance(prompts, Sequence) or isinstance(prompts, (bytes, bytearray)):
+        hint = "make it a list: prompts.tolist()" if hasattr(prompts, "tolist") else "make it a list: list(prompts)"
+        raise _wrong_type(prompts, hint if isinstance(prompts, Iterable) and not isinstance(prompts, bytes) else None)
+    if not prompts:
+        raise InvalidRequestError("there is no prompt: the list is empty", "give at least one prompt", param="prompt")
+    return list(prompts)
+
+
+def _wrong_type(value: Any, hint: str | None = None) -> InvalidRequestError:
+    what = f"a prompt is text, a list of token ids, or a list of these; got {type(value).__name__}"
+    return InvalidRequestError(what, hint, param="prompt")
 
 
 def _is_token_ids(value: Any) -> bool:
     if isinstance(value, np.ndarray):
         return value.ndim == 1 and np.issubdtype(value.dtype, np.integer)
-    return isinstance(value, Sequence) and bool(value) and all(isinstance(t, (int, np.integer)) for t in value)
+    return isinstance(value, Sequence) and not isinstance(value, (str, bytes)) and bool(value) and all(map(_is_id, value))
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
+class _Ids(NamedTuple):
+    """A prompt of token ids, with its text when the caller told."""
+
+    ids: Sequence[int]
+    text: str | None = None
+
+
+def _unwrap(prompt: Any) -> str | _Ids:
+    """A prompt in any of its forms -> text or ids."""
+    if isinstance(prompt, str):
+        return prompt
+    if isinstance(prompt, Mapping):
+        return _from_dict(prompt)
+    if not _is_token_ids(prompt) and not (isinstance(prompt, (list, tuple)) and not prompt):
+        raise _wrong_type(prompt, "all items of a list of token ids are integers" if isinstance(prompt, (list, tuple)) else None)
+    return _Ids(prompt)
+
+
+def _from_dict(prompt: Mapping[str, Any]) -> str | _Ids:
+    reject_vllm_options({k: v for k, v in prompt.items() if k not in _DICT_KEYS}, "a prompt dict", _DICT_KEYS)
+    text, ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
+    if not isinstance(text, (str, type(None))) or (text is None and ids is None):
+        raise InvalidRequestError("a prompt dict needs 'prompt' (text) or 'prompt_token_ids' (a list)", param="prompt")
+    if ids is None:
+        return text or ""
+    unwrapped = _unwrap(ids)
+    if isinstance(unwrapped, str):
+        raise InvalidRequestError("prompt_token_ids needs a list of integers; got text", "give it as 'prompt'", param="prompt")
+    return unwrapped._replace(text=text)
 
 
 class RequestBuilder:
@@ -45,32 +92,32 @@ class RequestBuilder:
         self._ids = itertools.count()
 
     def build(
-        self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None, priority: int = 0,
-        add_special_tokens: bool = True,
+        self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None,
+        priority: int | Sequence[int] | None = 0, add_special_tokens: bool = True,
     ) -> list[tuple[str | None, list[Request]]]:  # fmt: skip
         """For each prompt its text and its n requests, the first of which the others are forks of."""
-        texts = [self._text(p) for p in prompts]
-        ids = iter(self._tokenizer.encode_batch([t for t in texts if t is not None], add_special_tokens))
-        tokens = [next(ids) if text is not None else self._token_ids(p) for text, p in zip(texts, prompts)]
-        each = self._params(params, len(tokens))
-        return [(text, self._requests(t, p, priority)) for text, t, p in zip(texts, tokens, each)]
+        plain = [_unwrap(p) for p in prompts]
+        texts = [p for p in plain if isinstance(p, str)]
+        encoded = iter(self._tokenizer.encode_batch(texts, add_special_tokens))
+        tokens = [next(encoded) if isinstance(p, str) else self._token_ids(p.ids) for p in plain]
+        names = [p if isinstance(p, str) else p.text for p in plain]
+        each, ranks = self._params(params, len(tokens)), self._priorities(priority, len(tokens))
+        grammars = self._grammars(each)
+        return [(n, self._requests(t, p, r, grammars)) for n, t, p, r in zip(names, tokens, each, ranks)]
 
-    @staticmethod
-    def _text(prompt: Prompt) -> str | None:
-        if isinstance(prompt, Mapping):
-            prompt = prompt.get("prompt") if "prompt_token_ids" not in prompt else []
-            if not isinstance(prompt, (str, list)):
-                raise InvalidRequestError("a prompt dict needs 'prompt' (text) or 'prompt_token_ids'", param="prompt")
-        return prompt if isinstance(prompt, str) else None
-
-    def _token_ids(self, prompt: Prompt) -> list[int]:
-        ids = prompt["prompt_token_ids"] if isinstance(prompt, Mapping) else prompt
-        if not _is_token_ids(ids) and not (isinstance(ids, Sequence) and not isinstance(ids, str) and len(ids) == 0):
-            raise InvalidRequestError(f"a prompt is text or a list of token ids; got {type(ids).__name__}", param="prompt")
+    def _token_ids(self, ids: Sequence[int]) -> list[int]:
         bad = next((t for t in ids if not 0 <= int(t) < self._vocab_size), None)
         if bad is not None:
-            raise InvalidRequestError(f"token id {bad} is outside the vocabulary (0 to {self._vocab_size - 1})", param="prompt")
+            what = f"token id {bad} is outside the vocabulary (0 to {self._vocab_size - 1})"
+            raise InvalidRequestError(what, "encode the prompt with this model's tokenizer: get_tokenizer()", param="prompt")
         return [int(t) for t in ids]
+
+    @staticmethod
+    def _priorities(priority: int | Sequence[int] | None, count: int) -> list[int]:
+        each = list(priority) if isinstance(priority, Sequence) else [0 if priority is None else priority] * count
+        if len(each) != count or not all(map(_is_id, each)):
+            raise InvalidRequestError(f"priority must be an integer or {count} of them; got {priority!r}", param="priority")
+        return each
 
     def _params(self, params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
         if params is None:
@@ -83,12 +130,14 @@ class RequestBuilder:
             raise InvalidRequestError(f"{count} prompts but {len(params)} sampling_params", param="sampling_params")
         return list(params)
 
-    def _requests(self, tokens: list[int], params: SamplingParams, priority: int) -> list[Request]:
+    def _requests(
+        self, tokens: list[int], params: SamplingParams, priority: int, grammars: dict[int, Grammar]
+    ) -> list[Request]:
         self._check(tokens, params)
         base = f"req-{next(self._ids)}"
         stops = tuple(dict.fromkeys([*(() if params.ignore_eos else self.eos_ids), *(params.stop_token_ids or ())]))
         seed = params.seed if params.seed is not None else _fresh_seed(self._config.seed, base)
-        grammar = self._grammar(params)
+        grammar = grammars.get(id(params))
         prompt = np.array(tokens, np.int32)
         total = self._max_len if params.max_tokens is None else min(self._max_len, len(tokens) + params.max_tokens)
         first: Request | None = None
@@ -108,7 +157,7 @@ class RequestBuilder:
             raise InvalidRequestError("the prompt is empty", "give at least one character or one token id", param="prompt")
         if len(tokens) >= self._max_len:
             raise InvalidRequestError(
-                f"the prompt has {len(tokens)} tokens, and with at least one answer token it must fit a context of {self._max_len}",
+                f"the prompt has {len(tokens)} tokens, and with at least one answer token it must fit {self._max_len} of context",
                 f"shorten it, or load the model with max_model_len > {len(tokens)}", param="prompt",
             )  # fmt: skip
         limit = self._config.max_logprobs
@@ -119,10 +168,12 @@ class RequestBuilder:
                                           f"load the model with max_logprobs={asked}", param=name)  # fmt: skip
         check_token_ids(params, self._vocab_size)
 
-    def _grammar(self, params: SamplingParams) -> Grammar | None:
-        if params.structured_outputs is None:
-            return None
-        return Grammar.compile(params.structured_outputs, self._tokenizer, self._vocab_size, self.eos_ids or None)
+    def _grammars(self, each: list[SamplingParams]) -> dict[int, Grammar]:
+        """id(params) -> what its answers must belong to; compiled once for all prompts that share the params."""
+        specs = {id(p): p.structured_outputs for p in each if p.structured_outputs is not None}
+        return {
+            key: Grammar.compile(spec, self._tokenizer, self._vocab_size, self.eos_ids or None) for key, spec in specs.items()
+        }
 
     def _bad_words(self, words: Iterable[str] | None) -> list[list[int]]:
         """Each word alone and after a space: tokenizers spell the two differently."""

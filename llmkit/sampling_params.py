@@ -6,18 +6,27 @@ import dataclasses
 import functools
 import json
 import math
+import numbers
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
+from llmkit import vllm_options
 from llmkit.errors import InvalidRequestError, reject_unknown
 
-_REFUSED = {
-    "best_of": "use n= and pick the best of the answers by cumulative_logprob",
-    "use_beam_search": "beam search is not built; use n= with a temperature",
-    "guided_decoding": "its new name is structured_outputs=, with the same json/regex/choice/grammar fields",
-    "logits_processors": "use logit_bias=, allowed_token_ids=, bad_words= or structured_outputs=",
-    "truncate_prompt_tokens": "truncate the prompt before the call",
-}
+_ALIASES = {"guided_decoding": "structured_outputs"}  # vLLM's older names
+
+
+def _refusing(cls: type, where: str, table: dict[str, tuple[tuple[Any, ...], str]]) -> None:
+    """Have the dataclass `cls` accept vLLM's options that ask for nothing, and refuse unknown ones with the nearest name."""
+    plain_init = cls.__init__
+
+    @functools.wraps(plain_init)
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        kwargs = {_ALIASES.get(name, name): value for name, value in vllm_options.without_harmless(kwargs, table).items()}
+        reject_unknown(kwargs, [f.name for f in dataclasses.fields(cls)], where, vllm_options.hints(table))
+        plain_init(self, *args, **kwargs)
+
+    cls.__init__ = init
 
 
 @dataclass
@@ -35,6 +44,7 @@ class StructuredOutputs:
     json_object: bool = False
 
     def __post_init__(self) -> None:
+        self.json_object = bool(self.json_object)
         given = [f.name for f in dataclasses.fields(self) if getattr(self, f.name) not in (None, False)]
         if len(given) != 1:
             what = " and ".join(given) if given else "nothing"
@@ -42,13 +52,28 @@ class StructuredOutputs:
                 f"structured_outputs needs exactly one of json, regex, choice, grammar, json_object; got {what}",
                 param="structured_outputs",
             )
-        if self.choice is not None and not (self.choice and all(isinstance(c, str) and c for c in self.choice)):
+        if self.choice is not None and not (self.choice and _is_list(self.choice, str) and all(self.choice)):
             raise InvalidRequestError("structured_outputs.choice needs a list of non-empty strings", param="choice")
+        if self.json is not None and not isinstance(self.json, (str, dict)):
+            hint = "of a pydantic model it is Model.model_json_schema()"
+            raise InvalidRequestError(f"structured_outputs.json needs a JSON schema, not {self.json!r}", hint, "json")
+        for name in ("regex", "grammar"):
+            if not isinstance(getattr(self, name), (str, type(None))):
+                raise InvalidRequestError(f"structured_outputs.{name} needs text; got {getattr(self, name)!r}", param=name)
         if isinstance(self.json, str):
             try:
                 json.loads(self.json)
             except ValueError as e:
                 raise InvalidRequestError(f"structured_outputs.json is not valid JSON: {e}", param="json") from e
+
+
+def _is_list(value: Any, kind: type) -> bool:
+    return isinstance(value, list) and all(_is_a(v, kind) for v in value)
+
+
+def _is_a(value: object, kind: type) -> bool:
+    """isinstance, except that True and False are no numbers. (numpy's are.)"""
+    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 @dataclass
@@ -90,19 +115,34 @@ class SamplingParams:
     structured_outputs: StructuredOutputs | None = field(default=None)
 
     def __post_init__(self) -> None:
-        if isinstance(self.stop, str):
-            self.stop = [self.stop]
-        self.stop = list(self.stop or [])
-        self.stop_token_ids = [int(t) for t in self.stop_token_ids or []]
-        self.bad_words = list(self.bad_words or [])
+        self.stop = [self.stop] if isinstance(self.stop, str) else self._list("stop", str)
+        self.bad_words = self._list("bad_words", str)
+        self.stop_token_ids = [int(t) for t in self._list("stop_token_ids", numbers.Integral)]
+        if self.allowed_token_ids is not None:
+            self.allowed_token_ids = [int(t) for t in self._list("allowed_token_ids", numbers.Integral)]
         if self.top_k == -1:
             self.top_k = 0
         if isinstance(self.structured_outputs, dict):
-            reject_unknown(self.structured_outputs, [f.name for f in dataclasses.fields(StructuredOutputs)], "structured_outputs")
             self.structured_outputs = StructuredOutputs(**self.structured_outputs)
+        if not isinstance(self.structured_outputs, (StructuredOutputs, type(None))):
+            self._fail("structured_outputs", "a StructuredOutputs, such as StructuredOutputs(json=schema)")
         if self.logit_bias is not None:
-            self.logit_bias = {int(k): float(v) for k, v in self.logit_bias.items()}
+            self.logit_bias = self._bias()
         self._validate()
+
+    def _list(self, name: str, kind: type) -> list[Any]:
+        value = getattr(self, name)
+        value = value.tolist() if hasattr(value, "tolist") else value
+        value = list(value) if isinstance(value, (tuple, set, frozenset)) else value or []
+        if not _is_list(value, kind) or not all(v != "" for v in value):
+            self._fail(name, "a list of non-empty strings" if kind is str else "a list of token ids")
+        return list(value)
+
+    def _bias(self) -> dict[int, float]:
+        try:
+            return {int(k): float(v) for k, v in (self.logit_bias or {}).items()}
+        except (AttributeError, TypeError, ValueError):
+            self._fail("logit_bias", "a dict of token id -> number")
 
     def _validate(self) -> None:
         self._number("temperature", 0.0, None)
@@ -120,10 +160,6 @@ class SamplingParams:
         self._integer("prompt_logprobs", -1, optional=True)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             self._fail("min_tokens", f"at most max_tokens ({self.max_tokens})")
-        if any(not isinstance(s, str) or not s for s in self.stop or []):
-            self._fail("stop", "a non-empty string or a list of them")
-        if any(not isinstance(s, str) or not s for s in self.bad_words or []):
-            self._fail("bad_words", "a list of non-empty strings")
         if self.stop and not self.detokenize:
             self._fail("stop", "used together with detokenize=True (stop strings are looked for in the text)")
         if any(not math.isfinite(v) for v in (self.logit_bias or {}).values()):
@@ -132,21 +168,23 @@ class SamplingParams:
             self._fail("allowed_token_ids", "None or a non-empty list")
 
     def _number(self, name: str, low: float | None, high: float | None, low_open: bool = False) -> None:
-        value = getattr(self, name)
-        ok = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        value: Any = getattr(self, name)
+        ok = _is_a(value, numbers.Real) and math.isfinite(value)
         ok = ok and (low is None or (value > low if low_open else value >= low)) and (high is None or value <= high)
         if not ok:
             lower = "" if low is None else f"{'above' if low_open else 'at least'} {low:g}"
             self._fail(name, " and ".join(s for s in (lower, "" if high is None else f"at most {high:g}") if s) + ", and finite")
+        setattr(self, name, float(value))
 
     def _integer(self, name: str, low: int | None, optional: bool = False) -> None:
         value = getattr(self, name)
-        if value is None and optional:
+        if optional and value is None:
             return
-        if not isinstance(value, int) or isinstance(value, bool) or (low is not None and value < low):
+        if not _is_a(value, numbers.Integral) or (low is not None and int(value) < low):
             self._fail(name, "an integer" + ("" if low is None else f" of at least {low}") + (" or None" if optional else ""))
+        setattr(self, name, int(value))
 
-    def _fail(self, name: str, need: str) -> None:
+    def _fail(self, name: str, need: str) -> NoReturn:
         raise InvalidRequestError(f"{name} must be {need}; got {getattr(self, name)!r}", param=name)
 
     @property
@@ -159,13 +197,6 @@ class SamplingParams:
         return dataclasses.replace(self, **changes)
 
 
-_dataclass_init = SamplingParams.__init__
-
-
-@functools.wraps(_dataclass_init)
-def _init(self: SamplingParams, *args: Any, **kwargs: Any) -> None:
-    reject_unknown(kwargs, SamplingParams.__dataclass_fields__, "SamplingParams", _REFUSED)
-    _dataclass_init(self, *args, **kwargs)
-
-
-SamplingParams.__init__ = _init
+_refusing(StructuredOutputs, "structured_outputs", vllm_options.STRUCTURED)
+_refusing(SamplingParams, "SamplingParams", vllm_options.SAMPLING)
+StructuredOutputsParams = GuidedDecodingParams = StructuredOutputs  # vLLM's names for it, now and before 0.12

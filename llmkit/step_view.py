@@ -43,7 +43,10 @@ class StepView:
             f"step {self.step}: {self.num_tokens}/{self.token_budget} tokens, {len(self.sequences)} sequences, "
             f"{self.waiting} waiting, {self.free_blocks}/{self.total_blocks} blocks free"
         )
-        lines = [f"  {s.request_id:<8} {s.phase:<8} {s.computed:>5} +{s.new:<5} blocks {s.block_table} -> {s.token_text!r}" for s in self.sequences]
+        lines = [
+            f"  {s.request_id:<8} {s.phase:<8} {s.computed:>5} +{s.new:<5} blocks {s.block_table} -> {s.token_text!r}"
+            for s in self.sequences
+        ]
         return "\n".join([head, *lines, *(f"  {r} was preempted" for r in self.preempted)])
 
     __repr__ = __str__

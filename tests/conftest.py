@@ -92,3 +92,19 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path
         return made[family]
 
     return get
+
+
+@pytest.fixture(scope="session")
+def dummy_folder(smollm2_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of a few milliseconds a step with SmolLM2's tokenizer, for `load_format="dummy"`: what it says has no meaning."""
+    import json
+    import shutil
+
+    folder = tmp_path_factory.mktemp("dummy")
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        shutil.copy(smollm2_folder / name, folder / name)
+    config = json.loads((smollm2_folder / "config.json").read_text())
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+             "num_key_value_heads": 2, "head_dim": 8}  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config | small))
+    return folder

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,8 +20,6 @@ from llmkit.models.config import ModelConfig, read_json
 from llmkit.models.decoder import Decoder
 from llmkit.models.weights import open_weights
 from llmkit.tokenizer import Tokenizer
-
-logger = logging.getLogger("llmkit")
 
 _DEFAULT_SEQS = {"cpu": 128, "mps": 64, "cuda": 256}
 _DEFAULT_BUDGET = {"cpu": 2048, "mps": 2048, "cuda": 8192}
@@ -50,7 +47,7 @@ class StartupReport:
     def __str__(self) -> str:
         width = max(map(len, [*self.stages, *self.facts]), default=0)
         lines = [f"ready in {self.total:.2f} s"]
-        lines += [f"  {name:<{width}} {seconds:7.3f} s  {'█' * round(24 * seconds / self.total)}" for name, seconds in self.stages.items()]
+        lines += [f"  {n:<{width}} {s:7.3f} s  {'█' * round(24 * s / self.total)}" for n, s in self.stages.items()]
         return "\n".join(lines + [f"  {name:<{width}} {fact}" for name, fact in self.facts.items()])
 
     __repr__ = __str__
@@ -79,7 +76,8 @@ def start_engine(config: EngineConfig, report: StartupReport | None = None) -> S
         folder = hub.resolve(config.model, **where)
         model_config = ModelConfig.from_folder(folder)
     with report.stage("tokenizer"):
-        home = hub.resolve(config.tokenizer, **where) if config.tokenizer else folder
+        own = Path(config.tokenizer or folder).expanduser()  # a folder of nothing but a tokenizer is no model, and fine here
+        home = own if any(own.glob("tokenizer*")) else hub.resolve(config.tokenizer or str(folder), **where)
         tokenizer = Tokenizer.from_folder(home, config.trust_remote_code)
     with report.stage("device"):
         device = choose_device(config.device)
@@ -90,8 +88,6 @@ def start_engine(config: EngineConfig, report: StartupReport | None = None) -> S
     with report.stage("KV cache"):
         engine = _build(config, model, dtype, used_before, tokenizer)
     report.facts |= {"model": str(folder), "runs on": f"{ops.describe(device)}, {str(dtype).removeprefix('torch.')}"}
-    for note in engine.plan.notes:
-        logger.warning(note)
     generation = folder / "generation_config.json"
     defaults = read_json(generation) if generation.exists() else {}
     return Started(config, model_config, folder, tokenizer, engine, defaults, report)

@@ -1,0 +1,150 @@
+"""Engines come and go: two in one process, ten after another, forgotten ones, and the end of the interpreter."""
+
+import asyncio
+import gc
+import os
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from pathlib import Path
+
+import psutil
+import pytest
+
+from llmkit import LLM, SamplingParams
+from llmkit.errors import ConfigError
+
+ROOT = Path(__file__).parents[1]
+SHORT = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+
+
+def load(folder, **options):
+    return LLM(folder, **{"load_format": "dummy", "max_model_len": 256, "kv_cache_memory": 0.02} | options)
+
+
+def rss():
+    gc.collect()
+    return psutil.Process().memory_info().rss / 2**20
+
+
+def threads():
+    return [t for t in threading.enumerate() if t.name == "llmkit-steps"]
+
+
+def test_two_engines_live_side_by_side(dummy_folder):
+    with load(dummy_folder, seed=1) as one:
+        alone = one.generate("Hello", SHORT)[0].outputs[0].token_ids
+        with load(dummy_folder, seed=2) as two:
+
+            async def main():
+                return await asyncio.gather(one.agenerate("Hello", SHORT), two.agenerate("Hello", SHORT))
+
+            first, second = asyncio.run(main())
+            assert first.outputs[0].token_ids == alone
+            assert second.outputs[0].token_ids != alone
+        assert one.generate("Hello", SHORT)[0].outputs[0].token_ids == alone
+
+
+def test_ten_small_ones_leave_nothing(dummy_folder):
+    sizes = []
+    for _ in range(10):
+        with load(dummy_folder, kv_cache_memory=0.1) as llm:
+            llm.generate(["Hello " * 150] * 8, SHORT)
+            asyncio.run(llm.agenerate("Hello", SHORT))
+        sizes.append(rss())
+    assert sizes[-1] - sizes[2] < 60, sizes
+
+
+def test_ten_real_ones_leave_nothing(smollm2_folder):
+    sizes = []
+    for _ in range(10):
+        with LLM(smollm2_folder, max_model_len=256, kv_cache_memory=0.1) as llm:
+            llm.generate(["Hello " * 50], SHORT)
+        sizes.append(rss())
+    assert sizes[-1] - sizes[2] < 60, sizes
+
+
+def test_a_forgotten_one_is_freed(dummy_folder):
+    llm = load(dummy_folder)
+    asyncio.run(llm.agenerate("Hello", SHORT))
+    assert len(threads()) == 1
+    gone = [weakref.ref(x) for x in (llm, llm._engine, llm._engine.runner.kv_cache)]
+    del llm
+    assert [g() for g in gone] == [None] * 3
+    deadline = time.time() + 5
+    while threads() and time.time() < deadline:
+        time.sleep(0.01)
+    assert threads() == []
+
+
+def test_outputs_do_not_keep_the_engine(dummy_folder):
+    llm = load(dummy_folder)
+    engine = weakref.ref(llm._engine)
+    kept = llm.generate(["Hello"] * 2, SHORT), list(llm.stream("Hello", SHORT)), llm.startup_report(), llm.memory_plan()
+    kept += (list(llm.step_through("Hello", SHORT)),)
+    llm.close()
+    assert engine() is None
+    assert kept[1][-1].output().finished
+
+
+def test_a_failed_load_leaves_nothing(dummy_folder):
+    before = len(gc.get_objects())
+    for _ in range(3):
+        with pytest.raises(ConfigError, match="max_model_len"):
+            load(dummy_folder, max_model_len=10**9)
+    gc.collect()
+    assert threads() == []
+    assert len(gc.get_objects()) - before < 20_000
+
+
+def test_finished_requests_are_forgotten(dummy_folder):
+    with load(dummy_folder) as llm:
+        llm.generate(["Hello"] * 30, SHORT)
+        stream = llm.stream("Hello", SHORT)
+        next(stream)
+        del stream
+        assert llm._driver._jobs == {}
+        assert llm._driver._in_background == set()
+        assert not any(llm._engine.rows.requests)
+        assert list(llm._engine.scheduler.unfinished()) == []
+
+
+def ends_quietly(code, folder, expect=0):
+    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
+    begin = f"""
+import asyncio, sys, threading, time
+from llmkit import LLM, SamplingParams
+llm = LLM({str(folder)!r}, load_format="dummy", max_model_len=4096, kv_cache_memory=0.05)
+long = SamplingParams(max_tokens=4000, ignore_eos=True)
+"""
+    done = subprocess.run([sys.executable, "-c", begin + code], capture_output=True, text=True, timeout=60,
+                          env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"})  # fmt: skip
+    assert done.returncode == expect, done.stderr
+    assert len(done.stderr.splitlines()) == 1, done.stderr  # the line at load
+    return done.stdout
+
+
+def test_the_interpreter_ends_while_a_thread_steps(dummy_folder):
+    code = """
+loop = asyncio.new_event_loop()
+stream = llm.astream("Once", long)
+loop.run_until_complete(anext(stream))
+print("bye")
+"""
+    assert ends_quietly(code, dummy_folder) == "bye\n"
+
+
+def test_the_interpreter_ends_while_a_daemon_generates(dummy_folder):
+    code = """
+def ask():
+    try:
+        llm.generate("Once", long)
+    except RuntimeError as error:
+        print(type(error).__name__)
+threading.Thread(target=ask, daemon=True).start()
+time.sleep(0.2)
+sys.exit(3)
+"""
+    ends_quietly(code, dummy_folder, expect=3)
