@@ -105,16 +105,16 @@ class Engine:
         token_ids = result.sampled.token_ids.cpu().numpy()
         requests = [r for row in rows if (r := self.rows.requests[row]) is not None]
         output = StepOutput(schedule, batch, requests, token_ids)
-        self._keep_logprobs(requests, result)
+        self._keep_logprobs(output, result)
         self._append(rows, token_ids, output)
         return output
 
-    def _keep_logprobs(self, requests: list[Request], result: StepResult) -> None:
+    def _keep_logprobs(self, output: StepOutput, result: StepResult) -> None:
         top = result.sampled.logprobs if result.sampled else None
         if top is None:
             return
-        for i, request in enumerate(requests):
-            if request.params.logprobs is not None:
+        for i, request in enumerate(output.requests):
+            if request.params.logprobs is not None and output.token_ids[i] != NO_TOKEN:
                 request.logprobs.append(top.row(i, request.params.logprobs, self.token_text))
 
     def _append(self, rows: np.ndarray, token_ids: np.ndarray, output: StepOutput) -> None:
