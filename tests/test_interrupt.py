@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -26,17 +25,17 @@ def llm(dummy_folder):
 
 
 @pytest.fixture
-def interrupt_soon():
-    """SIGINT to this process in a moment."""
-    timers = []
+def interrupt_soon(llm, monkeypatch):
+    """SIGINT to this process inside the 20th step from now."""
+    run, steps = llm._engine.runner.run, []
 
-    def soon(seconds=0.2):
-        timers.append(threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGINT)))
-        timers[-1].start()
+    def counting(*args):
+        steps.append(1)
+        if len(steps) == 20:
+            os.kill(os.getpid(), signal.SIGINT)
+        return run(*args)
 
-    yield soon
-    for timer in timers:
-        timer.join()
+    return lambda: monkeypatch.setattr(llm._engine.runner, "run", counting)
 
 
 def usable(llm):
@@ -52,7 +51,7 @@ def test_during_generate(llm, interrupt_soon):
     with pytest.raises(KeyboardInterrupt):
         llm.generate(["One", "Two"], LONG)
     assert [o.outputs[0].finish_reason for o in llm.last_partial] == ["abort", "abort"]
-    assert all(o.outputs[0].token_ids and o.outputs[0].text for o in llm.last_partial)
+    assert all(len(o.outputs[0].token_ids) == 20 and o.outputs[0].text for o in llm.last_partial)
     assert "finish_reason='abort'" in repr(llm.last_partial)
     assert len(repr(llm.last_partial)) < 3000
     usable(llm)
@@ -64,7 +63,7 @@ def test_during_stream(llm, interrupt_soon):
     with pytest.raises(KeyboardInterrupt):
         chunks.extend(llm.stream("One", LONG))
     assert llm.last_partial[0].outputs[0].text.startswith("".join(map(str, chunks)))
-    assert len(llm.last_partial[0].outputs[0].token_ids) > 10
+    assert len(llm.last_partial[0].outputs[0].token_ids) == 20
     usable(llm)
 
 
