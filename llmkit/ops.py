@@ -1,43 +1,40 @@
 """The only door to the kernels: layers call these names and never ask which backend is behind them.
 
-Today one backend stands behind the door, `llmkit_kernels.reference` (plain torch, any device). Linear layers have two: torch's
-own matmul, and on a CPU oneDNN with a weight that was packed once (measured on an avx512-bf16 core: 7.2 against 11.9 ms for
-SmolLM2's matrices at one token, 16.7 against 22 ms at 32).
+On a GPU, in bfloat16 or float16, our Triton kernels (`llmkit_kernels`); anywhere else `llmkit_kernels.reference`, plain torch. Linear
+layers are torch's own matmul, or on a CPU oneDNN with a weight that was packed once (measured on an avx512-bf16 core: 7.2 against
+11.9 ms for SmolLM2's matrices at one token, 16.7 against 22 ms at 32).
 """
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from llmkit_kernels.reference import (
-    AttentionPlan,
-    CacheLayout,
-    kv_rows,
-    paged_attention,
-    plan_attention,
-    rms_norm,
-    rotate,
-    silu_mul,
-    write_kv,
-)
+from llmkit_kernels import reference
+from llmkit_kernels.reference import rms_norm, silu_mul
 from torch import Tensor
 
 __all__ = [
-    "AttentionPlan",
-    "CacheLayout",
+    "add_rms_norm",
     "cpu_supports_bf16",
     "describe",
-    "kv_rows",
+    "has_kernels",
     "linear",
-    "paged_attention",
-    "plan_attention",
     "rms_norm",
-    "rotate",
     "silu_mul",
-    "write_kv",
+    "silu_mul_pairs",
 ]
+
+
+@functools.cache
+def has_kernels(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether our Triton kernels run there. In float32 they would round to tf32, so plain torch does."""
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16) or torch.version.cuda is None:
+        return False
+    return importlib.util.find_spec("triton") is not None and torch.cuda.get_device_capability(device)[0] >= 8
 
 
 def cpu_supports_bf16() -> bool:
@@ -45,16 +42,35 @@ def cpu_supports_bf16() -> bool:
     return bool(torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def linear(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
-    """x [T, in] -> x @ weight.T + bias [T, out] for a weight [out, in] that will not change any more."""
+def linear(weight: Tensor, bias: Tensor | None) -> tuple[Callable[[Tensor], Tensor], Tensor | None]:
+    """(x [T, in] -> x @ weight.T + bias [T, out], the weight [out, in], or None when only its packed form was kept)."""
     if weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and cpu_supports_bf16():
         packed = torch.ops.mkldnn._reorder_linear_weight(weight, 1)
         run = torch.ops.mkldnn._linear_pointwise.default
-        return lambda x: run(x, packed, bias, "none", [], "")
-    return lambda x: F.linear(x, weight, bias)
+        return (lambda x: run(x, packed, bias, "none", [], "")), None
+    return (lambda x: F.linear(x, weight, bias)), weight
 
 
-def describe(device: torch.device) -> str:
+def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(norm of residual + x, residual + x), both [T, H]; without a residual x begins it."""
+    if has_kernels(x.device, x.dtype):
+        from llmkit_kernels import norm
+
+        return norm.add_rms_norm(x, residual, weight, eps), x if residual is None else residual
+    return reference.add_rms_norm(x, residual, weight, eps)
+
+
+def silu_mul_pairs(x: Tensor) -> Tensor:
+    """silu(gate) · up for x [T, 2·I] whose columns are gate 0, up 0, gate 1, up 1, ...: the layout our GPU kernels read."""
+    from llmkit_kernels import activation
+
+    return activation.silu_mul_pairs(x)
+
+
+def describe(device: torch.device, dtype: torch.dtype) -> str:
     """One phrase for the start-up report."""
-    packed = device.type == "cpu" and cpu_supports_bf16()
-    return f"torch {torch.__version__} on {device}" + (", oneDNN bf16" if packed else "")
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+    extra = ", Triton kernels" if has_kernels(device, dtype) else ""
+    if device.type == "cpu" and dtype == torch.bfloat16 and cpu_supports_bf16():
+        extra = ", oneDNN bf16"
+    return f"torch {torch.__version__} on {name}{extra}, {str(dtype).removeprefix('torch.')}"

@@ -22,6 +22,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return F.rms_norm(x, (x.shape[-1],), weight, eps)
 
 
+def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(norm of residual + x, residual + x), both [T, H]; without a residual x begins it."""
+    residual = x if residual is None else residual + x
+    return rms_norm(residual, weight, eps), residual
+
+
 def silu_mul(x: Tensor) -> Tensor:
     """silu(gate) · up for x = [gate | up], [T, 2·I] -> [T, I] (SwiGLU, arXiv:2002.05202)."""
     gate, up = x.chunk(2, dim=-1)

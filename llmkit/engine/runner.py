@@ -8,13 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from llmkit import ops
+from llmkit.attention import create_backend
 from llmkit.engine.batch import Batch
 from llmkit.engine.request import Request
 from llmkit.engine.rows import Rows
 from llmkit.engine.sampler import History, SampledTokens, Sampler, SamplingRows, TopLogprobs, top_logprobs
 from llmkit.engine.scheduler import Schedule
-from llmkit.layers.attention import StepContext
 from llmkit.models.decoder import Decoder
 
 _LOGIT_ROWS = 256  # prompt logprobs: logits of at most so many positions at a time
@@ -49,8 +48,7 @@ class Runner:
         self.model, self.device = model, device
         shape = (c.num_layers, 2, num_blocks, c.num_kv_heads, rows.block_size, c.head_dim)
         self.kv_cache = _zeros(shape, dtype, device)
-        self.layout = ops.CacheLayout(c.num_kv_heads, rows.block_size, dtype, device)
-        self.windows = set(c.windows)
+        self.backend = create_backend(self.kv_cache, model.rotary, set(c.windows))
         self.input_ids, self.positions, self.slot_mapping = torch.zeros(3, max_tokens, dtype=torch.int64, device=device).unbind(0)
         self.last_token = torch.zeros(len(rows.requests), dtype=torch.int64, device=device)
         self.attach(rows)
@@ -72,10 +70,14 @@ class Runner:
         if not batch.sampled.size:
             return StepResult(None, asked)
         logits = self.model.logits(hidden[self._index(batch.last_tokens)])
+        return StepResult(self._choose(logits, batch), asked)
+
+    def _choose(self, logits: torch.Tensor, batch: Batch) -> SampledTokens:
+        """One token for each of batch.sampled from float32 [R, V]."""
         rows = batch.rows[batch.sampled]
         sampled = self.sampler(logits, rows, self.history)
         self.last_token[self._index(rows)] = sampled.token_ids
-        return StepResult(sampled, asked)
+        return sampled
 
     def _index(self, indices: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(indices).to(self.device)
@@ -103,13 +105,8 @@ class Runner:
         self.slot_mapping[:t].copy_(torch.from_numpy(batch.slot_mapping), non_blocking=True)
         if decodes:
             self.input_ids[:decodes] = self.last_token[self._index(batch.rows[:decodes])]
-        rows = ops.kv_rows(self.slot_mapping[:t], self.layout.kv_heads, self.layout.block_size)
-        step = StepContext(*self.model.rotary.at(self.positions[:t]), rows, self._plans(batch), self.kv_cache)
+        step = self.backend.prepare(batch, self.positions[:t], self.slot_mapping[:t])
         return self.model.forward(self.input_ids[:t], step)
-
-    def _plans(self, batch: Batch) -> dict[int | None, ops.AttentionPlan]:
-        lengths = (batch.cu_seqlens, batch.context_lens, batch.block_tables)
-        return {window: ops.plan_attention(*lengths, window, self.layout) for window in self.windows}
 
     def _prompt_logprobs(self, batch: Batch, hidden: torch.Tensor) -> list[tuple[Request, TopLogprobs]]:
         """For the requests that asked: position i of a prompt says how likely its token i+1 was."""

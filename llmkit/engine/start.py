@@ -87,7 +87,7 @@ def start_engine(config: EngineConfig, report: StartupReport | None = None) -> S
         model = _load(config, model_config, folder, dtype, device)
     with report.stage("KV cache"):
         engine = _build(config, model, dtype, used_before, tokenizer)
-    report.facts |= {"model": str(folder), "runs on": f"{ops.describe(device)}, {str(dtype).removeprefix('torch.')}"}
+    report.facts |= {"model": str(folder), "runs on": ops.describe(device, dtype)}
     generation = folder / "generation_config.json"
     defaults = read_json(generation) if generation.exists() else {}
     return Started(config, model_config, folder, tokenizer, engine, defaults, report)

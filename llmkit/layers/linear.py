@@ -8,11 +8,13 @@ from llmkit import ops
 
 
 class Linear:
-    """y = x Wᵀ + b for x [T, in], W [out, in]. The weight is handed over for good: it may be packed for this machine."""
+    """y = x Wᵀ + b for x [T, in], W [out, in]. The weight is handed over for good: it may be packed for this machine, and then
+    `weight` is None."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         self.out_features, self.in_features = weight.shape
-        self.run = ops.linear(weight, bias)
+        self.bias = bias
+        self.run, self.weight = ops.linear(weight, bias)
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.run(x)

@@ -9,10 +9,12 @@ from llmkit.layers.linear import Linear
 
 
 class GatedMLP:
-    """down(silu(gate(x)) · up(x)), with gate and up merged into one matrix [2·I, hidden]."""
+    """down(silu(gate(x)) · up(x)), with gate and up merged into one matrix [2·I, hidden]: all gate rows first, or, where our
+    kernels read them, in pairs of one gate and one up row."""
 
-    def __init__(self, gate_up: Linear, down: Linear) -> None:
+    def __init__(self, gate_up: Linear, pairs: bool, down: Linear) -> None:
         self.gate_up, self.down = gate_up, down
+        self.activate = ops.silu_mul_pairs if pairs else ops.silu_mul
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.down(ops.silu_mul(self.gate_up(x)))
+        return self.down(self.activate(self.gate_up(x)))

@@ -15,3 +15,7 @@ class RMSNorm:
 
     def __call__(self, x: Tensor) -> Tensor:
         return ops.rms_norm(x, self.weight, self.eps)
+
+    def add(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(norm of residual + x, residual + x); without a residual x begins it. The residual may be updated in place."""
+        return ops.add_rms_norm(x, residual, self.weight, self.eps)

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llmkit.layers.attention import Attention, StepContext
+from llmkit import ops
+from llmkit.attention import Step
+from llmkit.layers.attention import Attention
 from llmkit.layers.embedding import Embedding, LMHead
 from llmkit.layers.linear import Linear
 from llmkit.layers.mlp import GatedMLP
@@ -26,9 +28,11 @@ class DecoderLayer:
     post_norm: RMSNorm
     mlp: GatedMLP
 
-    def __call__(self, x: Tensor, step: StepContext) -> Tensor:
-        x = x + self.attention(self.input_norm(x), step)
-        return x + self.mlp(self.post_norm(x))
+    def __call__(self, x: Tensor, residual: Tensor | None, step: Step) -> tuple[Tensor, Tensor]:
+        """x is still to be added to the residual stream; so is the first of the two results."""
+        x, residual = self.input_norm.add(x, residual)
+        x, residual = self.post_norm.add(self.attention(x, step), residual)
+        return self.mlp(x), residual
 
 
 class Decoder:
@@ -49,12 +53,12 @@ class Decoder:
         self.lm_head = LMHead(head)
         self.weight_bytes = load.bytes
 
-    def forward(self, input_ids: Tensor, step: StepContext) -> Tensor:
+    def forward(self, input_ids: Tensor, step: Step) -> Tensor:
         """input_ids: int64 [T] -> hidden states [T, hidden], normed. Writes the step's keys and values."""
-        x = self.embedding(input_ids)
+        x, residual = self.embedding(input_ids), None
         for layer in self.layers:
-            x = layer(x, step)
-        return self.norm(x)
+            x, residual = layer(x, residual, step)
+        return self.norm.add(x, residual)[0]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [R, hidden] -> float32 [R, vocab]."""
@@ -73,13 +77,16 @@ class _Loader:
     def norm(self, name: str, size: int) -> RMSNorm:
         return RMSNorm(self.tensor(name, size), self.config.norm_eps)
 
-    def linear(self, names: list[str], rows: list[int], columns: int, bias: bool) -> Linear:
-        """One matrix from several of `rows` rows each, stacked."""
-        weight = self._merge([self.weights.get(f"{n}.weight", (r, columns)) for n, r in zip(names, rows)])
-        return Linear(weight, self._merge([self.weights.get(f"{n}.bias", (r,)) for n, r in zip(names, rows)]) if bias else None)
+    def linear(self, names: list[str], rows: list[int], columns: int, bias: bool, interleaved: bool = False) -> Linear:
+        """One matrix from several of `rows` rows each, stacked; or, of two halves, taken row by row in turn."""
+        weight = self._merge([self.weights.get(f"{n}.weight", (r, columns)) for n, r in zip(names, rows)], interleaved)
+        parts = [self.weights.get(f"{n}.bias", (r,)) for n, r in zip(names, rows)] if bias else None
+        return Linear(weight, self._merge(parts, interleaved) if parts else None)
 
-    def _merge(self, parts: list[Tensor]) -> Tensor:
-        return self._place(parts[0] if len(parts) == 1 else torch.cat([p.to(self.dtype) for p in parts]))
+    def _merge(self, parts: list[Tensor], interleaved: bool) -> Tensor:
+        merged = parts[0] if len(parts) == 1 else torch.cat([p.to(self.dtype) for p in parts])
+        placed = self._place(merged)
+        return torch.stack(placed.chunk(2), dim=1).flatten(0, 1) if interleaved else placed
 
     def _place(self, tensor: Tensor) -> Tensor:
         placed = tensor.to(self.device, self.dtype)
@@ -116,5 +123,6 @@ class _Loader:
         c = self.config
         size = c.intermediate_size
         names, rows = (["gate_up_proj"], [2 * size]) if c.fused_checkpoint else (["gate_proj", "up_proj"], [size, size])
-        gate_up = self.linear([prefix + n for n in names], rows, c.hidden_size, c.mlp_bias)
-        return GatedMLP(gate_up, self.linear([prefix + "down_proj"], [c.hidden_size], size, c.mlp_bias))
+        pairs = ops.has_kernels(self.device, self.dtype)
+        gate_up = self.linear([prefix + n for n in names], rows, c.hidden_size, c.mlp_bias, interleaved=pairs)
+        return GatedMLP(gate_up, pairs, self.linear([prefix + "down_proj"], [c.hidden_size], size, c.mlp_bias))

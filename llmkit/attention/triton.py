@@ -1,0 +1,95 @@
+"""Attention with our Triton kernels: one fused kernel for sequences that decode, two for runs of prompt tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from llmkit_kernels import attention as kernels
+from llmkit_kernels.rope_cache import rope_cache
+from torch import Tensor
+
+from llmkit.engine.batch import Batch
+from llmkit.layers.attention import Attention
+from llmkit.layers.rotary import RotaryEmbedding
+
+
+class TritonBackend:
+    """Prepares steps on the GPU; a step mixes `num_decodes` single tokens, which come first, and runs of prompt tokens."""
+
+    name = "triton"
+
+    def __init__(self, kv_cache: Tensor, rotary: RotaryEmbedding) -> None:
+        self.kv_cache, self.rotary = kv_cache, rotary
+
+    def prepare(self, batch: Batch, positions: Tensor, slot_mapping: Tensor) -> TritonStep:
+        device, decodes = self.kv_cache.device, batch.num_decodes
+        runs = None
+        if decodes < len(batch.rows):
+            lens = np.stack((batch.cu_seqlens[decodes:-1] - decodes, batch.cu_seqlens[decodes + 1 :] - decodes, batch.context_lens[decodes:]))
+            starts, ends, contexts = torch.from_numpy(lens.astype(np.int32)).to(device).unbind(0)
+            tiles = kernels.query_tiles(batch.num_new[decodes:], device)
+            runs = PromptRuns(torch.cat((starts, ends[-1:])), contexts, tiles)
+        tables = torch.from_numpy(batch.block_tables).to(device)
+        return TritonStep(self.kv_cache, self.rotary, positions, slot_mapping, tables, decodes, runs, {})
+
+
+@dataclass(slots=True)
+class PromptRuns:
+    """cu_seqlens int32 [P+1], counted from the first prompt token; context_lens int32 [P]; tiles as `prefill` wants them."""
+
+    cu_seqlens: Tensor
+    context_lens: Tensor
+    tiles: tuple[Tensor, Tensor]
+
+
+@dataclass(slots=True)
+class TritonStep:
+    """positions, slots: int64 [T]. block_tables: int32 [S, blocks], decodes first. runs: None when all decode."""
+
+    kv_cache: Tensor
+    rotary: RotaryEmbedding
+    positions: Tensor
+    slots: Tensor
+    block_tables: Tensor
+    num_decodes: int
+    runs: PromptRuns | None
+    scratch: dict[tuple[int, int, int], kernels.DecodeScratch]
+
+    def attend(self, layer: Attention, qkv: Tensor) -> Tensor:
+        """As `Step.attend`."""
+        heads, dim, n = layer.num_heads, layer.head_dim, self.num_decodes
+        out = torch.empty(qkv.shape[0], heads * dim, dtype=qkv.dtype, device=qkv.device)
+        if n:
+            self.decode(layer, qkv[:n], out[:n])
+        if self.runs:
+            out[n:] = self._prefill(layer, qkv[n:]).view(-1, heads * dim)
+        return out
+
+    def decode(self, layer: Attention, qkv: Tensor, out: Tensor, bias: Tensor | None = None) -> Tensor:
+        """One token a sequence; qkv may be fp32 partial products [S, M, (H+2G)·D] whose bias is still to be added."""
+        batch, kv_heads = qkv.shape[-2], layer.num_kv_heads
+        key = (layer.num_heads, kv_heads, layer.head_dim)
+        if key not in self.scratch:
+            splits = kernels.decode_splits(batch, kv_heads)
+            self.scratch[key] = kernels.DecodeScratch(batch, *key, splits, out.device)
+        k_cache, v_cache = self.kv_cache[layer.layer].unbind(0)
+        return kernels.fused_decode(
+            qkv, bias, layer.norms, self._tables(layer), k_cache, v_cache, self.block_tables, self.positions[:batch],
+            layer.head_dim**-0.5, layer.window, self.scratch[key], out,
+        )  # fmt: skip
+
+    def _prefill(self, layer: Attention, qkv: Tensor) -> Tensor:
+        n, runs = self.num_decodes, self.runs
+        assert runs is not None  # the caller has looked
+        k_cache, v_cache = self.kv_cache[layer.layer].unbind(0)
+        heads = qkv.view(qkv.shape[0], -1, layer.head_dim)
+        q = rope_cache(heads, layer.norms, self._tables(layer), self.positions[n:], self.slots[n:], k_cache, v_cache)
+        return kernels.prefill(
+            q, k_cache, v_cache, runs.cu_seqlens, runs.context_lens, self.block_tables[n:], runs.tiles,
+            layer.head_dim**-0.5, layer.window,
+        )  # fmt: skip
+
+    def _tables(self, layer: Attention) -> tuple[Tensor, Tensor] | None:
+        return (self.rotary.cos, self.rotary.sin) if layer.rotary else None
