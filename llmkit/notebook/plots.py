@@ -79,13 +79,13 @@ def plot_capacity(ax: Axes, plan: MemoryPlan) -> None:
     ax.loglog(lengths, fits, color=GREEN, marker="o", markersize=4, base=2)
     ax.axhline(plan.max_num_seqs, color=GREY, linestyle="--", linewidth=1)
     ax.text(lengths[-1], plan.max_num_seqs * 1.25, f"a step takes {plan.max_num_seqs} at most", ha="right", color=INK, size=9)
-    for i, offset, side in ((0, (6, 4), "left"), (-1, (4, 8), "right")):
+    for i, offset, side in ((0, (6, 4), "left"), (-1, (-8, -9), "right")):
         ax.annotate(f"{fits[i]:,} of {lengths[i]:,} tokens", (lengths[i], fits[i]), offset, textcoords="offset points", ha=side,
                     color=INK, size=9)  # fmt: skip
     ax.set(xticks=lengths, xticklabels=[f"{n:,}" for n in lengths], xlabel="tokens a request (prompt + answer)")
     ax.set(ylabel="requests at once")
     ax.yaxis.set_major_formatter("{x:,.0f}")
-    ax.margins(y=0.12)
+    ax.margins(y=0.18)
     ax.minorticks_off()
     _title(ax, f"How many requests fit: {plan.kv_tokens:,} tokens, in blocks of {plan.block_size}")
 

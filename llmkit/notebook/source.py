@@ -22,7 +22,8 @@ class Source:
     def _repr_html_(self) -> str:
         from IPython.display import Code
 
-        return f"<small><code>{self.place}</code></small>{Code(self.code, language='python')._repr_html_()}"
+        code = Code(self.code, language="python")._repr_html_().replace("<pre>", '<pre style="font-family: monospace">')
+        return f"<small><code>{self.place}</code></small>{code}"
 
 
 def show_source(obj: Any) -> Source:
