@@ -16,7 +16,7 @@ from llmkit.models.config import RopeConfig
 
 
 class RotaryEmbedding:
-    """Tables of cos and sin for positions 0..max_len-1, [max_len, dim] in `dtype`, ready for `ops.rotate`."""
+    """Tables of cos and sin for positions 0..max_len-1, [max_len, dim] in `dtype`, ready for `reference.rotate`."""
 
     def __init__(self, rope: RopeConfig, max_len: int, dtype: torch.dtype, device: torch.device) -> None:
         frequencies, factor = inverse_frequencies(rope, max_len)

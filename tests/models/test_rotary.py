@@ -10,7 +10,7 @@ from transformers import LlamaConfig, Phi3Config
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from llmkit import ops
+from llmkit_kernels import reference
 from llmkit.errors import ConfigError, UnsupportedModelError
 from llmkit.layers.rotary import RotaryEmbedding, inverse_frequencies
 from llmkit.models.config import ModelConfig, RopeConfig
@@ -74,7 +74,7 @@ def test_tables_turn_queries_as_transformers_does(parameters):
     rotated = cos.shape[-1]
     expected, _ = apply_rotary_pos_emb(q.transpose(0, 1)[None, ..., :rotated], q.transpose(0, 1)[None, ..., :rotated], cos, sin)
     table = RotaryEmbedding(ours(config), 2048, torch.float32, torch.device("cpu"))
-    got = ops.rotate(q, *table.at(positions))
+    got = reference.rotate(q, *table.at(positions))
     torch.testing.assert_close(got[..., :rotated], expected[0].transpose(0, 1), atol=2e-4, rtol=1e-4)  # angles reach 2047 radians
     assert torch.equal(got[..., rotated:], q[..., rotated:])
 
