@@ -23,6 +23,7 @@ _HOMES = {  # public name -> the module it lives in (PEP 562)
     "EngineConfig": "llmkit.config",
     "LlmkitError": "llmkit.errors",
     "download": "llmkit.hub",
+    "download_report": "llmkit.hub",
     "check": "llmkit.notebook.checks",
     "record": "llmkit.notebook.checks",
     "show_source": "llmkit.notebook.source",
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from llmkit.config import EngineConfig as EngineConfig
     from llmkit.errors import LlmkitError as LlmkitError
     from llmkit.hub import download as download
+    from llmkit.hub import download_report as download_report
     from llmkit.llm import LLM as LLM
     from llmkit.notebook.checks import check as check
     from llmkit.notebook.checks import record as record

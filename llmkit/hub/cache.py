@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,13 +22,24 @@ def cache_root() -> Path:
 
 
 @contextlib.contextmanager
-def locked(target: Path) -> Iterator[None]:
-    """Hold the lock of `target` against other processes; the system frees it even after SIGKILL."""
-    from filelock import FileLock
+def locked(target: Path, waiting: str | None = None) -> Iterator[None]:
+    """Hold the lock of `target` against other processes; the system frees it even after SIGKILL.
+
+    waiting: what is said on stderr if another process holds it for more than a second.
+    """
+    from filelock import FileLock, Timeout
 
     target.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(target.parent / f".{target.name}.lock"):
+    lock = FileLock(target.parent / f".{target.name}.lock")
+    try:
+        lock.acquire(timeout=1 if waiting else -1)
+    except Timeout:
+        print(waiting, file=sys.stderr, flush=True)
+        lock.acquire()
+    try:
         yield
+    finally:
+        lock.release()
 
 
 @contextlib.contextmanager
@@ -52,18 +64,19 @@ def building(target: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def require_space(folder: Path, needed: int, what: str) -> None:
-    """Raise DownloadError when `folder`'s disk has less than `needed` bytes free."""
-    free = shutil.disk_usage(_existing(folder)).free
+def require_space(folder: Path, needed: int, what: str, variable: str = "LLMKIT_HOME") -> None:
+    """Raise DownloadError when `folder`'s disk has less than `needed` bytes free. `variable` is what moves the folder."""
+    free = free_space(folder)
     if free < needed:
         raise DownloadError(
             f"{what} needs {size_text(needed)} in {folder}, only {size_text(free)} are free",
-            "free some space, or set LLMKIT_HOME (or download_dir=) to a folder on a larger disk",
+            f"free some space, or set {variable} (or cache_dir=, download_dir= of LLM) to a folder on a larger disk",
         )
 
 
-def _existing(folder: Path) -> Path:
-    return next(p for p in (folder, *folder.parents) if p.exists())
+def free_space(folder: Path) -> int:
+    """Bytes free on the disk of `folder`, which need not exist yet."""
+    return shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists())).free
 
 
 def size_text(size: float) -> str:

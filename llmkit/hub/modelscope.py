@@ -1,146 +1,206 @@
 """`modelscope:OWNER/NAME`: ModelScope, through modelscope_hub's own client and in its own cache.
 
-The endpoint is always passed (without one the client probes a second site, and being offline takes 22 s instead of 7). The
-file list is read and checked before anything is written, so a missing model leaves no folder and no name leads outside.
+The endpoint is always passed: without one the client probes a second site, and being offline takes 22 s instead of 7. The client
+resumes, retries and compares each file's sha256 while it comes; it is given the list of files, so that it asks for nothing else
+and reads nothing again that is known to be right.
 """
 
 from __future__ import annotations
 
 import contextlib
+import glob
+import os
+import warnings
 from collections.abc import Iterator
-from fnmatch import fnmatch
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
-from llmkit.errors import DownloadError, ModelNotFoundError
-from llmkit.hub.cache import require_space
-from llmkit.hub.progress import Bar, progress
+from llmkit.errors import DownloadError, LlmkitError, ModelNotFoundError
+from llmkit.hub import faults
+from llmkit.hub.client import Job
+from llmkit.hub.files import Listing, RemoteFile
+from llmkit.hub.names import owner_spellings
+from llmkit.hub.progress import Meter
+from llmkit.hub.quiet import SilentBar, quiet
 
-PARTIAL_SUFFIXES = (".incomplete", ".parallel_tmp")
-
-
-def fetch(model_id: str, *, revision: str | None, cache_dir: Path | None, patterns: list[str], local_files_only: bool) -> Path:
-    """The snapshot folder of `model_id`. ModelNotFoundError when ModelScope lacks it, refuses it or cannot be reached and
-    the cache has none; DownloadError when files are missing after the client's retries."""
-    if local_files_only:
-        return _cached(model_id, revision, cache_dir, patterns)
-    try:
-        with _translated(model_id):
-            size = _check_listing(model_id, revision, patterns, cache_dir)
-    except ModelNotFoundError as error:
-        return _cached_instead(error, model_id, revision, cache_dir, patterns)
-    with progress(size, f"modelscope:{model_id}") as bar, _translated(model_id):
-        return _snapshot(model_id, revision, cache_dir, patterns, progress_callbacks=[_callback(bar)])
+DEFAULT_REVISION = "master"
 
 
-def endpoint() -> str:
-    """MODELSCOPE_ENDPOINT, MODELSCOPE_DOMAIN, or the client's default."""
-    from modelscope_hub.config import HubConfig
+class ModelScope:
+    """The hub at MODELSCOPE_ENDPOINT (or MODELSCOPE_DOMAIN); its cache is MODELSCOPE_CACHE, its token MODELSCOPE_API_TOKEN."""
 
-    return str(HubConfig().endpoint)
+    name = "modelscope"
+    cache_variable = "MODELSCOPE_CACHE"
+    offline = False
+    tries = 1  # the client has five of its own
+
+    def cache(self) -> Path:
+        """The client's cache folder. Found without importing the client."""
+        return Path(os.environ.get("MODELSCOPE_CACHE") or "~/.cache/modelscope").expanduser()
+
+    def copies(self, model_id: str, revision: str | None, root: Path) -> list[Path]:
+        """Folders under `root` where this model may lie: today's layout, then those of older clients."""
+        repository = root / "models" / model_id.replace("/", "--") / "snapshots"
+        wanted = [self.revision(revision)] if revision else [DEFAULT_REVISION, "main"]
+        found = [repository / name for name in wanted if (repository / name).is_dir()]
+        if not found and not revision and len(only := [p for p in repository.glob("*") if p.is_dir()]) == 1:
+            found = only
+        return found + ([] if revision else _old_copies(model_id, root))
+
+    def revision(self, revision: str | None) -> str:
+        """The default branch is `master` here; people used to Hugging Face say `main`."""
+        return DEFAULT_REVISION if revision in (None, "main") else revision
+
+    def folder(self, model_id: str, revision: str | None, commit: str | None, root: Path) -> Path:
+        """Where a download belongs: beside an older client's files, if there are any, else in today's layout."""
+        old = [p for p in _old_copies(model_id, root) if "models" in p.relative_to(root).parts] if not revision else []
+        return old[0] if old else root / "models" / model_id.replace("/", "--") / "snapshots" / self.revision(revision)
+
+    def repository(self, model_id: str, root: Path) -> Path:
+        """What the lock of a download is named after."""
+        return root / "models" / model_id.replace("/", "--")
+
+    def endpoint(self) -> str:
+        """MODELSCOPE_ENDPOINT, MODELSCOPE_DOMAIN, or the client's default."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # MODELSCOPE_DOMAIN is old, and still what many have set
+            from modelscope_hub.config import HubConfig
+
+            return str(HubConfig().endpoint)
+
+    def listing(self, model_id: str, revision: str | None) -> Listing:
+        """All files of the model. ModelNotFoundError, Unreachable, Interrupted."""
+        with _translated(self, model_id, revision), _client() as api:
+            entries = api(self.endpoint()).legacy.list_repo_files(model_id, "model", revision=self.revision(revision))
+        return Listing([_file(e) for e in entries if (e.get("Type") or "blob") != "tree"])
+
+    def download(self, job: Job) -> None:
+        """Fetch the job's files. The client compares their sha256, where the listing has one."""
+        entries = [{"Path": f.path, "Size": f.size, "Sha256": f.sha256, "Type": "blob"} for f in job.files]
+        with _translated(self, job.id, job.revision), _client() as api:
+            api(self.endpoint()).download_repo(
+                job.id, "model", revision=self.revision(job.revision), cache_dir=job.root, local_dir=job.folder,
+                file_list=entries, progress_callbacks=[_callback(job.meter)],
+            )  # fmt: skip
+
+    def half(self, file: RemoteFile, folder: Path) -> int:
+        """Bytes of `file` that an interrupted download left."""
+        path = folder / file.path
+        parts = [path.with_name(f"{path.name}.incomplete"), *path.parent.glob(f"{glob.escape(path.name)}_*_*")]
+        return sum(p.stat().st_size for p in parts if p.is_file())
+
+    def compared(self, file: RemoteFile) -> bool:
+        """True when `download` has compared this file's content."""
+        return file.sha256 is not None
+
+    def discard(self, path: Path) -> None:
+        """Remove a file that is wrong."""
+        path.unlink(missing_ok=True)
+
+    def page(self, model_id: str) -> str:
+        """Where a person reads about the model."""
+        return f"{self.endpoint()}/models/{model_id}"
 
 
-def _snapshot(model_id: str, revision: str | None, cache_dir: Path | None, patterns: list[str], **options: Any) -> Path:
-    from modelscope_hub.compat.snapshot_download import snapshot_download
-
-    return Path(
-        snapshot_download(
-            model_id,
-            revision=revision,
-            cache_dir=str(cache_dir) if cache_dir else None,
-            allow_patterns=patterns,
-            endpoint=endpoint(),
-            **options,
-        )
-    )
+def _old_copies(model_id: str, root: Path) -> list[Path]:
+    """Clients up to 1.37 wrote OWNER/NAME with dots as ___, those before 1.16 without models/; `hub/` was part of the default."""
+    found = []
+    for spelling in owner_spellings(model_id):
+        owner, _, name = spelling.partition("/")
+        inner = Path(owner, name.replace(".", "___"))
+        found += [root / "models" / inner, root / "hub" / "models" / inner, root / inner, root / "hub" / inner]
+    return [p for p in found if p.is_dir() and any(p.iterdir())]
 
 
-def _cached(model_id: str, revision: str | None, cache_dir: Path | None, patterns: list[str]) -> Path:
-    """The cached snapshot, if no file of it is still being (or was left) half downloaded."""
-    with _translated(model_id):
-        folder = _snapshot(model_id, revision, cache_dir, patterns, local_files_only=True)
-    half = next((p for p in folder.rglob("*") if p.name.endswith(PARTIAL_SUFFIXES)), None)
-    if half is not None:
-        raise ModelNotFoundError(f"the cached copy {folder} is incomplete ({half.name})", "download it again while online")
-    return folder
-
-
-def _cached_instead(
-    error: ModelNotFoundError, model_id: str, revision: str | None, cache_dir: Path | None, patterns: list[str]
-) -> Path:
-    """Unreachable is no reason to fail while a whole copy is here; not existing is."""
-    if not isinstance(error.__cause__, ConnectionError):
-        raise error
-    try:
-        return _cached(model_id, revision, cache_dir, patterns)
-    except ModelNotFoundError:
-        raise error from error.__cause__
-
-
-def _check_listing(model_id: str, revision: str | None, patterns: list[str], cache_dir: Path | None) -> int:
-    """Bytes the snapshot will hold. DownloadError for a file name that leads out of the folder, or a disk too full."""
-    from modelscope_hub.api import HubApi
-    from modelscope_hub.config import HubConfig
-
-    listing = HubApi(endpoint=endpoint()).list_repo_files(model_id, "model", revision=revision)
-    wanted = [f for f in listing if any(fnmatch(f.path, p) for p in patterns)]
-    for file in wanted:
-        parts = PurePosixPath(file.path).parts
-        if ".." in parts or file.path.startswith("/") or "\\" in file.path or ":" in file.path:
-            raise DownloadError(
-                f"modelscope:{model_id} lists the file {file.path!r}, which lies outside the model's folder",
-                "do not use this model: its file list is forged",
-            )
-    if not wanted:
-        raise ModelNotFoundError(f"modelscope:{model_id} has none of the files asked for ({', '.join(patterns)})")
-    size = sum(f.size or 0 for f in wanted)
-    root = cache_dir or Path(HubConfig().cache_dir)
-    have = sum(p.stat().st_size for p in root.glob(f"models/{model_id.replace('/', '--')}/snapshots/*/*") if p.is_file())
-    require_space(root, size - have, f"modelscope:{model_id}")
-    return size
+def _file(entry: dict[str, Any]) -> RemoteFile:
+    """Git's mode 120000 is a symbolic link, 160000 a submodule."""
+    plain = (entry.get("Type") or "blob") == "blob" and str(entry.get("Mode") or "") not in ("120000", "160000")
+    size = int(entry.get("Size") or 0)
+    return RemoteFile(entry.get("Path") or entry.get("Name") or "", size, entry.get("Sha256") or None, plain=plain)
 
 
 @contextlib.contextmanager
-def _translated(model_id: str) -> Iterator[None]:
-    """The client's errors as llmkit's."""
-    import requests
-    from modelscope_hub.errors import (
-        AuthenticationError,
-        CacheError,
-        HubError,
-        NetworkError,
-        NotExistError,
-        PermissionDeniedError,
-    )
+def _client() -> Iterator[Any]:
+    """The client's HubApi class, while its own bars and warnings are silent."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # tqdm.auto complains about missing widgets when it is imported in a notebook
+        from modelscope_hub import _download
+        from modelscope_hub.api import HubApi
 
-    try:
-        yield
-    except (AuthenticationError, PermissionDeniedError) as error:
-        raise ModelNotFoundError(f"ModelScope does not let you read {model_id}: {error}", "set MODELSCOPE_API_TOKEN") from error
-    except (NotExistError, requests.HTTPError) as error:
-        raise ModelNotFoundError(f"ModelScope has no model {model_id}: {_first_line(error)}") from error
-    except CacheError as error:
-        raise ModelNotFoundError(f"{model_id} is not in ModelScope's cache", "call once without local_files_only=True") from error
-    except (NetworkError, requests.ConnectionError) as error:
-        cause = error if isinstance(error, ConnectionError) else ConnectionError(str(error))
-        raise ModelNotFoundError(
-            f"ModelScope cannot be reached: {_first_line(error)}", "check the network and MODELSCOPE_ENDPOINT"
-        ) from cause
-    except HubError as error:
-        raise DownloadError(
-            f"downloading modelscope:{model_id} failed: {error}", "call again: complete files are kept"
-        ) from error
+    with quiet("modelscope_hub", (_download, "tqdm", SilentBar)):
+        yield lambda endpoint: HubApi(endpoint=endpoint)
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:300]
-
-
-def _callback(bar: Bar) -> type:
+def _callback(meter: Meter) -> type:
+    """The client makes one object of this class for every try of every file, and begins by telling what lies on the disk."""
     from modelscope_hub._download import ProgressCallback
 
     class Forward(ProgressCallback):
+        position = 0
+
         def update(self, size: int) -> None:
-            bar.update(size)
+            self.position += size
+            meter.at(self.filename, self.position)
 
     return Forward
+
+
+@contextlib.contextmanager
+def _translated(hub: ModelScope, model_id: str, revision: str | None) -> Iterator[None]:
+    """The client's errors as llmkit's."""
+    from modelscope_hub.errors import HubError
+
+    try:
+        yield
+    except HubError as error:
+        raise _translate(error, hub, model_id, revision) from error
+
+
+def _translate(error: Exception, hub: ModelScope, model_id: str, revision: str | None) -> LlmkitError | OSError:
+    from modelscope_hub import errors
+
+    source = f"modelscope:{model_id}"
+    if isinstance(error, errors.FileDownloadError) and error.failed_files:
+        return _worst([_translate_file(p, e, hub, model_id, revision) for p, e in error.failed_files.items()])
+    if isinstance(error, (errors.AuthenticationError, errors.PermissionDeniedError)):
+        return faults.gated(source, hub.page(model_id), first_line(error), "MODELSCOPE_API_TOKEN")
+    if isinstance(error, errors.NotExistError):
+        return faults.missing(source, revision)
+    if isinstance(error, (errors.NetworkError, errors.ServerError, errors.RateLimitError)):
+        hint = "call again: it goes on from there; if it happens often, check the network and MODELSCOPE_ENDPOINT"
+        return faults.Interrupted(f"{source}: {first_line(root_cause(error))}", hint, getattr(error, "retry_after", None))
+    return DownloadError(f"{source}: {first_line(error)}", "call again: complete files are kept")
+
+
+def _translate_file(
+    path: str, error: BaseException, hub: ModelScope, model_id: str, revision: str | None
+) -> LlmkitError | OSError:
+    from modelscope_hub import errors
+
+    source, cause = f"modelscope:{model_id}", root_cause(error)
+    if isinstance(cause, OSError) and cause.errno in faults.FULL + faults.NO_WRITE:
+        return cause
+    if isinstance(error, errors.FileIntegrityError):
+        return faults.wrong_content(source, path, first_line(error))
+    if isinstance(error, errors.NotExistError):
+        return faults.wrong_content(source, path, "the hub lists it, but does not have it")
+    if isinstance(error, errors.HubError):
+        return _translate(error, hub, model_id, revision)
+    return faults.Interrupted(f"{source}: {path}: {first_line(cause)}", "call again: it goes on from there")
+
+
+def _worst(errors: list[LlmkitError | OSError]) -> LlmkitError | OSError:
+    """What no further try can mend comes first."""
+    return min(errors, key=lambda e: (isinstance(e, faults.Interrupted), isinstance(e, ModelNotFoundError)))
+
+
+def root_cause(error: BaseException) -> BaseException:
+    """The error that began it: the client wraps a full disk as a failed connection."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def first_line(error: BaseException) -> str:
+    """An error in one line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

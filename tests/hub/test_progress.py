@@ -9,7 +9,7 @@ import pytest
 
 from llmkit.hub import progress as module
 from llmkit.hub.cache import size_text
-from llmkit.hub.progress import progress
+from llmkit.hub.progress import Meter, duration_text, progress
 
 
 class Terminal(io.StringIO):
@@ -94,6 +94,38 @@ def test_counts_from_many_threads(capsys):
     assert bar.done == 20_000
     bar.expect(5)
     assert bar.total == 5
+
+
+def test_files_speed_and_time_left(capsys, monkeypatch):
+    monkeypatch.setattr(module.Bar, "seconds", 2.0)
+    bar = module.Bar(10_000_000, "thing", files=3)
+    meter = Meter(bar, {"a": 4_000_000, "b": 6_000_000}, {"a": 1_000_000})
+    meter.at("a", 1_000_000)
+    meter.at("a", 4_000_000)
+    assert bar.text() == "thing: 4.0 MB of 10.0 MB · 1 of 3 files · 1.5 MB/s · 4 s left · 1.0 MB were here"
+    bar.say("interrupted, going on")
+    assert bar.text().endswith(" · interrupted, going on")
+    meter.at("b", 6_000_000)
+    bar.files_done += 1
+    assert bar.text(ended=True) == "thing: 10.0 MB in 2.0 s · 3 files · 4.5 MB/s · 1.0 MB were here"
+
+
+def test_a_file_that_begins_anew_is_counted_as_received_and_not_as_resumed():
+    bar = module.Bar(10, "thing")
+    meter = Meter(bar, {"a": 10}, {"a": 4})
+    for position in (4, 6, 0, 3, 10):
+        meter.at("a", position)
+    assert (bar.done, bar.received, bar.resumed, bar.files_done) == (10, 12, 0, 1)
+
+
+def test_a_long_download_shows_life_in_a_log_file(capsys, monkeypatch):
+    monkeypatch.setattr(module.Bar, "redraw_seconds", 0.0)
+    run()
+    assert len(capsys.readouterr().err.splitlines()) == 5
+
+
+def test_durations_for_people():
+    assert [duration_text(s) for s in (0.4, 8, 89, 180, 7500)] == ["0 s", "8 s", "89 s", "3 min", "2 h 05 min"]
 
 
 def test_sizes_for_people():
