@@ -30,6 +30,8 @@ from llmkit.hub.report import DownloadReport, download_report, remember
 __all__ = ["DownloadReport", "download", "download_report", "hub_order", "resolve"]
 CLIENTS: dict[str, Hub] = {"modelscope": ModelScope(), "hf": HuggingFace()}
 
+NOT_CACHED = "it is not in the cache"
+
 
 def download(
     id: str,
@@ -89,7 +91,7 @@ def _on_disk(name: str, request: Request, reasons: dict[str, LlmkitError]) -> tu
     folder, why = fetch.on_disk(CLIENTS[name], request)
     if folder is not None:
         return folder, DownloadReport(request.shown, name, folder, request.revision)
-    reasons[name] = ModelNotFoundError(why or f"{request.shown} is not in its cache")
+    reasons[name] = ModelNotFoundError(why or NOT_CACHED)
     return None
 
 
@@ -118,7 +120,7 @@ def _from_hubs(order: list[str], request: Request, reasons: dict[str, LlmkitErro
 
 def _unreachable(name: str, why: str, copy: LlmkitError | None) -> Unreachable:
     variable = {"modelscope": "MODELSCOPE_ENDPOINT", "hf": "HF_ENDPOINT"}[name]
-    more = f"; {copy.message}" if copy and "not whole" in copy.message else ""
+    more = f"; {copy.message}" if copy and copy.message != NOT_CACHED else ""
     return Unreachable(
         f"{CLIENTS[name].endpoint()} cannot be reached: {why}{more}", f"check the network, HTTPS_PROXY and {variable}"
     )

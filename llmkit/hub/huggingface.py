@@ -85,7 +85,7 @@ class HuggingFace:
         return (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
 
     def listing(self, model_id: str, revision: str | None) -> Listing:
-        """All files of the model at one commit. ModelNotFoundError, Unreachable, Interrupted."""
+        """All files of the model at one commit. ModelNotFoundError, Interrupted."""
         from huggingface_hub import HfApi
 
         def ask() -> tuple[str | None, list[Any]]:
@@ -116,7 +116,8 @@ class HuggingFace:
         stop, endpoint = threading.Event(), self.endpoint()
         blobs = self.repository(job.id, job.root) / "blobs"
         blobs.mkdir(parents=True, exist_ok=True)
-        urls = {f: hf_hub_url(job.id, f.path, revision=job.folder.name, endpoint=endpoint) for f in job.files if f.sha256}
+        once = {f.sha256: f for f in job.files if f.sha256}.values()  # two names of one content are one blob
+        urls = {f: hf_hub_url(job.id, f.path, revision=job.folder.name, endpoint=endpoint) for f in once}
         pool = ThreadPoolExecutor(WORKERS)
         try:
             futures = [pool.submit(_fetch_blob, f"hf:{job.id}", url, f, blobs, job.meter, stop) for f, url in urls.items()]

@@ -69,7 +69,7 @@ class ModelScope:
             return str(HubConfig().endpoint)
 
     def listing(self, model_id: str, revision: str | None) -> Listing:
-        """All files of the model. ModelNotFoundError, Unreachable, Interrupted."""
+        """All files of the model. ModelNotFoundError, Interrupted."""
         with _translated(self, model_id, revision), _client() as api:
             entries = api(self.endpoint()).legacy.list_repo_files(model_id, "model", revision=self.revision(revision))
         return Listing([_file(e) for e in entries if (e.get("Type") or "blob") != "tree"])
@@ -122,10 +122,8 @@ def _file(entry: dict[str, Any]) -> RemoteFile:
 @contextlib.contextmanager
 def _client() -> Iterator[Any]:
     """The client's HubApi class, while its own bars and warnings are silent."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # tqdm.auto complains about missing widgets when it is imported in a notebook
-        from modelscope_hub import _download
-        from modelscope_hub.api import HubApi
+    from modelscope_hub import _download
+    from modelscope_hub.api import HubApi
 
     with quiet("modelscope_hub", (_download, "tqdm", SilentBar)):
         yield lambda endpoint: HubApi(endpoint=endpoint)

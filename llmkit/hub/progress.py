@@ -83,7 +83,8 @@ class Bar:
     def _files_text(self) -> str:
         if not self.files:
             return ""
-        return f"{self.files_done} of {self.files} files" if self.files_done != self.files else f"{self.files} files"
+        done = f"{self.files_done} of " if self.files_done != self.files else ""
+        return f"{done}{self.files} file{'s' * (self.files > 1)}"
 
     def _speed_text(self, ended: bool) -> str:
         speed = self.received / max(self.seconds, 1e-3)

@@ -5,13 +5,16 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
-from tqdm import tqdm
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # both clients import it, and in a notebook without ipywidgets it complains
+    import tqdm.auto
 
 
-class SilentBar(tqdm):
+class SilentBar(tqdm.tqdm):
     """A tqdm that never draws."""
 
     def __init__(self, *args: Any, **options: Any) -> None:

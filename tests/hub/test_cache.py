@@ -259,6 +259,15 @@ def test_offline_with_half_a_copy_says_what_is_missing(modelscope, monkeypatch):
         resolve("org/model")
 
 
+def test_offline_with_several_quantisations_names_them(tmp_path):
+    folder = tmp_path / "ms/models/org--model/snapshots/master"
+    folder.mkdir(parents=True)
+    for name in ("m-Q4_0.gguf", "m-Q8_0.gguf"):
+        (folder / name).write_bytes(b"GGUF")
+    with pytest.raises(ModelNotFoundError, match=r"cannot be reached: .*holds 2 GGUF models; none is named: it has Q4_0"):
+        resolve("modelscope:org/model")
+
+
 def test_a_proxy_is_what_must_be_reachable(monkeypatch):
     from llmkit.hub.network import address
 

@@ -113,14 +113,16 @@ def test_busy_with_retry_after(kind, hub, no_waiting):
     fetch_whole(kind, hub)
 
 
-def test_redirected_to_another_port(kind, hub):
+def test_redirected_to_another_port(kind, hub, no_waiting, monkeypatch):
     store = FakeHub()
     store.models["org/model"] = dict(MODEL)
     store.manners.cuts = [600_000]
     hub.manners.redirect = store.address
+    monkeypatch.setenv({"modelscope": "MODELSCOPE_API_TOKEN", "hf": "HF_TOKEN"}[kind], "secret")
     try:
-        resolve(f"{kind}:org/model")
         check(resolve(f"{kind}:org/model"))
+        assert any("authorization" in h for h in hub.headers)
+        assert not any("authorization" in h for h in store.headers), "the token went to a stranger"
         assert hub.sent == 0
         assert store.sent <= 1.05 * WANTED_BYTES
     finally:
@@ -165,6 +167,27 @@ def test_patterns_then_the_whole_model_fetches_only_the_rest(kind, hub):
     assert hub.requests == []
     resolve(f"{kind}:org/model", allow_patterns="*.py")
     check(folder, NEEDED | {"modeling_x.py"})
+
+
+def test_two_names_of_one_content(kind, hub):
+    hub.models["org/model"]["copy.bin"] = hub.models["org/model"]["pytorch_model.bin"]
+    folder = resolve(f"{kind}:org/model", allow_patterns="*.bin")
+    assert [(folder / name).read_bytes() for name in ("copy.bin", "pytorch_model.bin")] == [MODEL["pytorch_model.bin"]] * 2
+
+
+def test_a_headless_notebook_saves_the_final_state_of_one_display(kind, hub):
+    from nbclient import NotebookClient
+    from nbformat.v4 import new_code_cell, new_notebook
+
+    hub.manners.pace, hub.manners.cuts = 0.05, [500_000]
+    cell = new_code_cell(f"import llmkit; path = llmkit.download('{kind}:org/model')")
+    notebook = new_notebook(cells=[cell])
+    NotebookClient(notebook, timeout=60, kernel_name="python3").execute()
+    (shown,) = notebook.cells[0].outputs
+    text = shown["data"]["text/plain"]
+    assert text.startswith(f"{kind}:org/model: 1.1 MB in ")
+    assert "5 files" in text
+    assert 'max="1050838" value="1050838"' in shown["data"]["text/html"]
 
 
 def test_an_interrupt_stops_and_keeps_what_came(kind, hub):
