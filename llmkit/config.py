@@ -33,7 +33,7 @@ class EngineConfig:
     gpu_memory_utilization: float = option(0.9, "share of the GPU's memory this engine may use", at_least=0.01)
     kv_cache_memory: float | None = option(None, "GiB for the KV cache; by default what fits", at_least=0)
     num_kv_blocks: int | None = option(None, "exact number of KV blocks; by default what fits", at_least=2)
-    block_size: int = option(16, "tokens per KV block", at_least=1)
+    block_size: int | None = option(None, "tokens per KV block; by default 64 for our GPU kernels, else 16", at_least=1)
     tensor_parallel_size: int = option(1, "GPUs that share each layer", at_least=1)
     enforce_eager: bool = option(False, "never capture CUDA graphs")
     seed: int = option(0, "seed of requests that bring none")

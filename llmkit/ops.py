@@ -1,8 +1,8 @@
 """The only door to the kernels: layers call these names and never ask which backend is behind them.
 
-On a GPU, in bfloat16 or float16, our Triton kernels (`llmkit_kernels`); anywhere else `llmkit_kernels.reference`, plain torch. Linear
-layers are torch's own matmul, or on a CPU oneDNN with a weight that was packed once (measured on an avx512-bf16 core: 7.2 against
-11.9 ms for SmolLM2's matrices at one token, 16.7 against 22 ms at 32).
+On a GPU, in bfloat16 or float16, our Triton kernels (`llmkit_kernels`); anywhere else `llmkit_kernels.reference`, plain torch.
+Linear layers are torch's own matmul, or on a CPU oneDNN with a weight that was packed once (measured on an avx512-bf16 core:
+7.2 against 11.9 ms for SmolLM2's matrices at one token, 16.7 against 22 ms at 32).
 """
 
 from __future__ import annotations

@@ -35,8 +35,8 @@ def test_import_loads_nothing_heavy(module):
 
 def test_the_version_and_the_words_users_read_need_no_torch():
     block = f"import sys\nfor name in {HEAVY}: sys.modules[name] = None\n"
-    words = "llmkit.__version__, llmkit.SamplingParams(temperature=0).greedy, llmkit.EngineConfig().block_size"
-    assert python(f"{block}import llmkit; print({words})") == f"{llmkit.__version__} True 16\n"
+    words = "llmkit.__version__, llmkit.SamplingParams(temperature=0).greedy, llmkit.EngineConfig().max_logprobs"
+    assert python(f"{block}import llmkit; print({words})") == f"{llmkit.__version__} True 20\n"
 
 
 @pytest.mark.parametrize("name", llmkit.__all__)

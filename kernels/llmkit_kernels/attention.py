@@ -1,8 +1,9 @@
 """Attention over the paged KV cache: one query per sequence (decode), and runs of prompt tokens (prefill).
 
-Shapes as in reference.py: caches [num_blocks, G, block_size, D]; a block table row names a sequence's blocks. Both are online-softmax
-kernels (FlashAttention, arXiv:2205.14135) over tiles of keys that are found through the block table (PagedAttention,
-arXiv:2309.06180). Query heads that share a key head are rows of one tile, so a key is read once for all of them.
+Shapes as in reference.py: caches [num_blocks, G, block_size, D]; a block table row names a sequence's blocks. Both are
+online-softmax kernels (FlashAttention, arXiv:2205.14135) over tiles of keys that are found through the block table
+(PagedAttention, arXiv:2309.06180). Query heads that share a key head are rows of one tile, so a key is read once for all of
+them.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def _head_pair(
     return a.to(DTYPE), b.to(DTYPE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "stride", "table_stride"])
 def _decode(
     qkv, bias, q_norm, k_norm, cos_table, sin_table, k_cache, v_cache, block_tables, positions, out,
     part_out, part_max, part_sum, arrivals,
@@ -219,7 +220,7 @@ def fused_decode(
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride"])
 def _prefill(
     q, k_cache, v_cache, out, block_tables, cu_seqlens, context_lens, tile_sequence, tile_start, q_stride,
     table_stride, scale, window,
@@ -314,8 +315,8 @@ def prefill(
 
 
 def query_tiles(query_lens: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Tiles of at most QUERY_TILE queries over runs of `query_lens` int [S] tokens: int32 (sequence, first query) of each, longest
-    runs' last tiles (the ones with most keys) not held back to the end."""
+    """Tiles of at most QUERY_TILE queries over runs of `query_lens` int [S] tokens: int32 (sequence, first query) of each,
+    longest runs' last tiles (the ones with most keys) not held back to the end."""
     counts = -(-query_lens // QUERY_TILE)
     sequence = np.repeat(np.arange(len(query_lens)), counts)
     first = (np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)) * QUERY_TILE

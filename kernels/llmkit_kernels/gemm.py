@@ -1,8 +1,9 @@
 """Products of a few tokens with a big weight, where memory speed is the limit: M <= 128 rows of x against W [N, K].
 
 The weight's rows take the tensor core's wide side (swap-AB: Wx, not xWᵀ), so that its instructions are full even at one token,
-and K is split over several programs where N alone does not fill the GPU. The splits' fp32 partial results are not added here but by the
-next kernel, in a fixed order: a result never depends on timing. `plan` fixes the tile sizes per shape; nothing is tuned at run time.
+and K is split over several programs where N alone does not fill the GPU. The splits' fp32 partial results are not added here
+but by the next kernel, in a fixed order: a result never depends on timing. `plan` fixes the tile sizes per shape; nothing is
+tuned at run time.
 """
 
 from __future__ import annotations
@@ -29,13 +30,21 @@ class Tile:
 
 
 def plan(n: int, k: int, m: int) -> Tile:
-    """Tile for W [n, k] and m tokens. Measured on an H100 for Qwen2-7B's shapes; others take the nearest class."""
+    """Tile for W [n, k] and m tokens. Measured on an H100 for Qwen2-7B's shapes; others take the nearest class.
+
+    Up to 128 tokens all of them are one tile, so a stage holds 64 rows of W and m of x; six stages must fit 227 KB.
+    """
     block_k = 128 if k % 128 == 0 else 64 if k % 64 == 0 else 32
+    if m > 64:
+        return Tile(64, min(64, block_k), 4, 6)
     if n >= 16384:
         return Tile(64, block_k, 4, 4 if m <= 16 else 6)
-    programs = cdiv(n, 64)
-    splits = max(1, min(4 if m <= 16 else 2, cdiv(160, programs), k // (4 * block_k)))
-    return Tile(64, block_k, 4, 6 if k >= 8192 else 4, splits)
+    if k >= 8192:
+        return Tile(64, 256, 4, 3, 2) if 16 < m <= 32 and k % 256 == 0 else Tile(64, block_k, 4, 6, 2)
+    splits = 4 if 1 < m <= 16 and n <= 4096 else 2
+    if m == 1 and n <= 4096 and k % 256 == 0:
+        return Tile(64, 256, 4, 3, splits)
+    return Tile(64, block_k, 4, 4 if m <= 16 else 6, max(1, min(splits, k // (4 * block_k))))
 
 
 @triton.jit
@@ -59,7 +68,7 @@ def _tile_product(
     return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _partial_products(
     x, w, w_desc, out, M, N, K, K_SPLIT,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TMA: tl.constexpr, PDL: tl.constexpr,
@@ -74,7 +83,7 @@ def _partial_products(
     tl.store(out + where, acc, mask=(tokens[None, :] < M) & (rows[:, None] < N))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _gate_up_silu(
     x, w, w_desc, out, M, N, K,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TMA: tl.constexpr, PDL: tl.constexpr,

@@ -10,7 +10,7 @@ from torch import Tensor
 from llmkit_kernels.launch import begin, next_power_of_2, pdl
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _add_rms_norm(
     x, residual, weight, out, M, H, eps, SPLITS: tl.constexpr, ADD: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
 ):

@@ -35,10 +35,14 @@ class Backend(Protocol):
         ...
 
 
+def fits_kernels(head_dim: int, rotary: RotaryEmbedding) -> bool:
+    """Whether our kernels can attend: heads of 32, 64, 128 or 256 numbers, wholly rotated."""
+    return head_dim in (32, 64, 128, 256) and rotary.cos.shape[1] == head_dim
+
+
 def create_backend(kv_cache: Tensor, rotary: RotaryEmbedding, windows: set[int | None]) -> Backend:
-    """The best back end for the cache's device. Our kernels want heads of 32, 64, 128 or 256 numbers, wholly rotated."""
-    dim = kv_cache.shape[-1]
-    if ops.has_kernels(kv_cache.device, kv_cache.dtype) and dim in (32, 64, 128, 256) and rotary.cos.shape[1] == dim:
+    """The best back end for the cache's device."""
+    if ops.has_kernels(kv_cache.device, kv_cache.dtype) and fits_kernels(kv_cache.shape[-1], rotary):
         from llmkit.attention.triton import TritonBackend
 
         return TritonBackend(kv_cache, rotary)
@@ -47,4 +51,4 @@ def create_backend(kv_cache: Tensor, rotary: RotaryEmbedding, windows: set[int |
     return ReferenceBackend(kv_cache, rotary, windows)
 
 
-__all__ = ["Backend", "Step", "create_backend"]
+__all__ = ["Backend", "Step", "create_backend", "fits_kernels"]

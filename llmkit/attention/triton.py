@@ -27,10 +27,9 @@ class TritonBackend:
         device, decodes = self.kv_cache.device, batch.num_decodes
         runs = None
         if decodes < len(batch.rows):
-            lens = np.stack((batch.cu_seqlens[decodes:-1] - decodes, batch.cu_seqlens[decodes + 1 :] - decodes, batch.context_lens[decodes:]))
-            starts, ends, contexts = torch.from_numpy(lens.astype(np.int32)).to(device).unbind(0)
-            tiles = kernels.query_tiles(batch.num_new[decodes:], device)
-            runs = PromptRuns(torch.cat((starts, ends[-1:])), contexts, tiles)
+            cu_seqlens = torch.from_numpy((batch.cu_seqlens[decodes:] - decodes).astype(np.int32)).to(device)
+            contexts = torch.from_numpy(batch.context_lens[decodes:].astype(np.int32)).to(device)
+            runs = PromptRuns(cu_seqlens, contexts, kernels.query_tiles(batch.num_new[decodes:], device))
         tables = torch.from_numpy(batch.block_tables).to(device)
         return TritonStep(self.kv_cache, self.rotary, positions, slot_mapping, tables, decodes, runs, {})
 

@@ -39,6 +39,30 @@ class Batch:
         return self.cu_seqlens[self.sampled + 1] - 1
 
 
+    def after(self, going: np.ndarray) -> Batch:
+        """The decode step that follows this one for sequences `going` int64 [B] of it, before its tokens are known to the host.
+        Input ids are filled in by `learn`; slots are not: the device finds them in its own block tables."""
+        context = self.context_lens[going] + 1
+        count = np.arange(len(going) + 1)
+        return Batch(
+            rows=self.rows[going],
+            num_new=np.ones(len(going), np.int32),
+            context_lens=context,
+            cu_seqlens=count,
+            input_ids=np.zeros(len(going), np.int64),
+            positions=context.astype(np.int64) - 1,
+            slot_mapping=np.full(len(going), -1),
+            block_tables=self.block_tables[going],
+            sampled=count[:-1],
+            num_decodes=len(going),
+        )
+
+    def learn(self, rows: np.ndarray, token_ids: np.ndarray) -> None:
+        """Fill in the input ids of a step that was launched ahead: `token_ids` int64 [R], just sampled for `rows` int64 [R]."""
+        newest = dict(zip(rows.tolist(), token_ids.tolist()))
+        self.input_ids[:] = [newest[row] for row in self.rows.tolist()]
+
+
 def build_batch(rows: Rows, chosen: np.ndarray, num_new: np.ndarray, num_decodes: int) -> Batch:
     """Lay out the step that computes `num_new` int32 [S] tokens of each of the rows `chosen` int64 [S]."""
     computed = rows.num_computed[chosen]

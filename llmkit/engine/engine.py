@@ -15,7 +15,7 @@ from llmkit.engine.kv_cache import BlockPool
 from llmkit.engine.memory import MemoryPlan
 from llmkit.engine.request import Request, Status
 from llmkit.engine.rows import Rows
-from llmkit.engine.runner import Runner, StepResult
+from llmkit.engine.runner import StepResult, create_runner
 from llmkit.engine.sampler import NO_TOKEN
 from llmkit.engine.scheduler import Schedule, Scheduler
 from llmkit.models.decoder import Decoder
@@ -30,6 +30,16 @@ class StepOutput:
     requests: list[Request]
     token_ids: np.ndarray
     finished: list[Request] = field(default_factory=list)
+
+
+@dataclass
+class Flight:
+    """A step that was launched: requests are those that get a token, in the order of batch.sampled."""
+
+    schedule: Schedule
+    batch: Batch
+    requests: list[Request]
+    result: StepResult
 
 
 class Engine:
@@ -48,6 +58,7 @@ class Engine:
         chunk_limit: int = 0,
         caching: bool = True,
         by_priority: bool = False,
+        enforce_eager: bool = False,
         token_text: Callable[[int], str] = str,
     ) -> None:
         self.model, self.plan, self.token_text = model, plan, token_text
@@ -56,7 +67,8 @@ class Engine:
         self._new_scheduler = lambda: Scheduler(self.rows, self.pool, token_budget, chunk_limit, by_priority)
         self.rows, self.pool = self._new_rows(), self._new_pool()
         self.scheduler = self._new_scheduler()
-        self.runner = Runner(model, self.rows, plan.num_blocks, token_budget, dtype)
+        self.runner = create_runner(model, self.rows, plan.num_blocks, token_budget, dtype, enforce_eager)
+        self._flying: Flight | None = None
         self.num_steps = self.num_prompt_tokens = self.num_generated_tokens = 0
 
     # ---- requests
@@ -78,21 +90,47 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work
+        return self.scheduler.has_work or self._flying is not None
 
     # ---- the loop
 
     def step(self) -> StepOutput | None:
-        """Compute one batch; None when there is nothing to do."""
+        """Finish one batch; None when there is nothing to do.
+
+        Where the device can go on by itself, the batch after it is launched before this one's tokens are read, so that the host's
+        work costs no time. A request that turns out to have ended computes one token for nothing.
+        """
+        flight = self._flying or self._launch()
+        if flight is None:
+            return None
+        self._flying = self._launch_ahead(flight)
+        return self._process(flight)
+
+    def _launch(self) -> Flight | None:
+        """Schedule and run, without waiting for the tokens."""
         schedule = self.scheduler.schedule()
         if schedule is None:
             return None
         batch = build_batch(self.rows, schedule.rows, schedule.num_new, schedule.num_decodes)
+        requests = [self.rows.requests[row] for row in batch.rows[batch.sampled]]
         result = self.runner.run(batch, schedule)
-        return self._process(schedule, batch, result)
+        return Flight(schedule, batch, [r for r in requests if r is not None], result)
 
-    def _process(self, schedule: Schedule, batch: Batch, result: StepResult) -> StepOutput:
+    def _launch_ahead(self, flight: Flight) -> Flight | None:
+        """The same sequences' next tokens, when nobody else wants a turn and the device can sample them by itself."""
+        batch = flight.batch
+        if not self.runner.can_chain(batch):
+            return None
+        going = self.scheduler.go_on(batch.rows, flight.requests)
+        if going is None:
+            return None
+        ahead = batch.after(going)
+        schedule = Schedule(ahead.rows, ahead.num_new, ahead.num_decodes)
+        return Flight(schedule, ahead, [flight.requests[i] for i in going], self.runner.run(ahead, schedule))
+
+    def _process(self, flight: Flight) -> StepOutput:
         """Append the new tokens, remember full blocks, end what has ended."""
+        schedule, batch, result = flight.schedule, flight.batch, flight.result
         self.num_steps += 1
         self.num_prompt_tokens += batch.num_tokens - batch.num_decodes
         self.scheduler.computed(schedule)
@@ -101,9 +139,12 @@ class Engine:
             request.prompt_logprobs += [top.row(i, k, self.token_text) for i in range(len(top.ranks))]
         if result.sampled is None:
             return StepOutput(schedule, batch, [], np.empty(0, np.int64))
-        rows = batch.rows[batch.sampled]
-        token_ids = result.sampled.token_ids.cpu().numpy()
-        requests = [r for row in rows if (r := self.rows.requests[row]) is not None]
+        rows, token_ids, requests = batch.rows[batch.sampled], result.sampled.to_host(), flight.requests
+        if self._flying is not None:
+            self._flying.batch.learn(rows, token_ids)
+        if any(r.finished for r in requests):  # aborted, or ended by the token before, while this step was under way
+            alive = [i for i, r in enumerate(requests) if not r.finished]
+            rows, token_ids, requests = rows[alive], token_ids[alive], [requests[i] for i in alive]
         output = StepOutput(schedule, batch, requests, token_ids)
         self._keep_logprobs(output, result)
         self._append(rows, token_ids, output)
@@ -163,6 +204,7 @@ class Engine:
         """After a step broke in the middle: end everything and start from an empty cache, so that the next call works."""
         for request in self.scheduler.unfinished():
             request.status, request.finish_reason = Status.FINISHED, "abort"
+        self._flying = None
         self.rows, self.pool = self._new_rows(), self._new_pool()
         self.scheduler = self._new_scheduler()
         self.runner.attach(self.rows)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from llmkit import ops
 from llmkit.config import EngineConfig
 from llmkit.errors import OutOfMemoryError
 from llmkit.models.config import ModelConfig
@@ -57,15 +58,17 @@ class MemoryPlan:
     def fixes(self) -> list[str]:
         """Three ways to make more room."""
         shorter = max(256, self.max_model_len // 2)
+        need = shorter * self.block_bytes / self.block_size / GiB
         return [
-            f"a shorter context: max_model_len={shorter} needs {shorter * self.block_bytes / self.block_size / GiB:.2f} GiB a request",
+            f"a shorter context: max_model_len={shorter} needs {need:.2f} GiB a request",
             f"fewer at once: max_num_seqs={max(1, self.max_num_seqs // 2)}",
             "a smaller or quantised model, or dtype='bfloat16'",
         ]
 
     def __str__(self) -> str:
         lines = [f"memory on {self.device} ({self.total / GiB:.1f} GiB)"]
-        lines += [f"  {name:<16}{size / GiB:8.2f} GiB  {'█' * round(30 * size / self.total)}" for name, size in self.parts().items()]
+        for name, size in self.parts().items():
+            lines.append(f"  {name:<16}{size / GiB:8.2f} GiB  {'█' * round(30 * size / self.total)}")
         lines.append(
             f"  {self.kv_tokens // self.block_size} blocks of {self.block_size} tokens = {self.kv_tokens:,} tokens: "
             f"{self.kv_tokens / self.max_model_len:.1f} requests of {self.max_model_len:,} tokens"
@@ -93,14 +96,15 @@ def plan_memory(
 ) -> MemoryPlan:
     """Divide the memory. `before`: bytes in use on the device before this engine began. OutOfMemoryError carries the plan."""
     total = device_total(device)
+    block_size = config.block_size or (64 if ops.has_kernels(device, dtype) else 16)
     wanted_len = config.max_model_len or model.max_position
     plan = MemoryPlan(
         device=str(device), total=total, others=before, weights=weights,
         activations=_activations(model, dtype, max_num_seqs, max_tokens),
-        block_bytes=kv_block_bytes(model, config.block_size, dtype), block_size=config.block_size,
+        block_bytes=kv_block_bytes(model, block_size, dtype), block_size=block_size,
         num_blocks=0, max_model_len=wanted_len, max_num_seqs=max_num_seqs,
     )  # fmt: skip
-    blocks_per_request = -(-wanted_len // config.block_size)
+    blocks_per_request = -(-wanted_len // block_size)
     fits = max(0, int(_kv_budget(config, plan, device) // plan.block_bytes))
     plan.num_blocks = config.num_kv_blocks or min(fits, blocks_per_request * max_num_seqs + 1)
     if plan.num_blocks < 2:

@@ -19,6 +19,7 @@ class Rows:
         self.block_size = block_size
         self.requests: list[Request | None] = [None] * num_rows
         self.released: list[int] = []  # given back since the runner last looked
+        self.grown: set[int] = set()  # whose block table has changed since the runner last looked
         self._free = list(range(num_rows - 1, -1, -1))
         self.token_ids = np.zeros((num_rows, max_len), np.int32)
         self.num_prompt = np.zeros(num_rows, np.int32)
@@ -66,6 +67,7 @@ class Rows:
         start = self.num_blocks[row]
         self.block_table[row, start : start + len(blocks)] = blocks
         self.num_blocks[row] += len(blocks)
+        self.grown.add(row)
 
     def append(self, rows: np.ndarray, token_ids: np.ndarray) -> None:
         """One more token for each of `rows`."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from llmkit import ops
 from llmkit.attention import create_backend
 from llmkit.engine.batch import Batch
 from llmkit.engine.request import Request
@@ -79,6 +80,10 @@ class Runner:
         self.last_token[self._index(rows)] = sampled.token_ids
         return sampled
 
+    def can_chain(self, batch: Batch) -> bool:
+        """Whether the step after this one may be launched before this one's tokens are on the host."""
+        return False
+
     def _index(self, indices: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(indices).to(self.device)
 
@@ -124,3 +129,16 @@ class Runner:
                 logits = self.model.logits(hidden[offset + lo : offset + hi])
                 found.append((request, top_logprobs(logits, targets, request.params.prompt_logprobs)))
         return found
+
+
+def create_runner(
+    model: Decoder, rows: Rows, num_blocks: int, max_tokens: int, dtype: torch.dtype, enforce_eager: bool = False
+) -> Runner:
+    """The quickest runner for the model's device: graphs of our kernels on a GPU, else plain torch."""
+    if ops.has_kernels(model.device, dtype):
+        from llmkit.engine.cuda_runner import CudaRunner
+        from llmkit.models.fused_decode import FusedDecode
+
+        if FusedDecode.supports(model):
+            return CudaRunner(model, rows, num_blocks, max_tokens, dtype, enforce_eager)
+    return Runner(model, rows, num_blocks, max_tokens, dtype)

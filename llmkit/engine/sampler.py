@@ -58,6 +58,10 @@ class SampledTokens:
     token_ids: torch.Tensor
     logprobs: TopLogprobs | None
 
+    def to_host(self) -> np.ndarray:
+        """token_ids as numpy int64 [R]; waits for the device."""
+        return self.token_ids.cpu().numpy()
+
 
 class Sampler:
     """Chooses the next token of each row of a batch."""

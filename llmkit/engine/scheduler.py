@@ -208,6 +208,23 @@ class Scheduler:
         request.metrics.scheduled_time = request.metrics.scheduled_time or time.monotonic()
         insort(self.running, request, key=self._key)
 
+    def go_on(self, rows: np.ndarray, requests: list[Request]) -> np.ndarray | None:
+        """Which of the sequences of a decode step that is under way surely take another token after it: positions int64 [B].
+
+        They get their blocks. None when somebody waits who could come in, or blocks are short: then the next step is planned
+        properly, after this one's tokens are known.
+        """
+        if self.rows.num_free and self._peek() is not None:
+            return None
+        alive = np.fromiter((not r.finished for r in requests), bool, len(requests))
+        going = np.flatnonzero(alive & (self.rows.num_tokens[rows] + 2 <= self.rows.max_total[rows]))
+        missing = self.rows.missing_blocks(rows[going], np.full(len(going), 2))
+        if not going.size or missing.clip(0).sum() > self.pool.num_free:
+            return None
+        for i in np.flatnonzero(missing > 0):
+            self._hold(requests[going[i]], self.pool.allocate(int(missing[i])))
+        return going
+
     # ---- after a step
 
     def computed(self, schedule: Schedule) -> None:

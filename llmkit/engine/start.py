@@ -116,7 +116,7 @@ def choose_dtype(asked: str, weights: str, device: torch.device) -> torch.dtype:
 
 
 def _load(config: EngineConfig, model: ModelConfig, folder: Path, dtype: torch.dtype, device: torch.device) -> Decoder:
-    weights = open_weights(folder, config.load_format, dtype, config.seed)
+    weights = open_weights(folder, config.load_format, dtype, config.seed, device)
     try:
         return Decoder(model, weights, dtype, device, min(config.max_model_len or model.max_position, model.max_position))
     finally:
@@ -143,5 +143,6 @@ def _build(config: EngineConfig, model: Decoder, dtype: torch.dtype, used_before
         chunk_limit=config.long_prefill_token_threshold,
         caching=config.enable_prefix_caching,
         by_priority=config.scheduling_policy == "priority",
+        enforce_eager=config.enforce_eager,
         token_text=tokenizer.token_text,
     )

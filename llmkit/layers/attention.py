@@ -13,8 +13,9 @@ from llmkit.layers.norm import RMSNorm
 
 @dataclass
 class Attention:
-    """q/k/v from one matrix, then all that the step's back end does (per-head norms, rotary embedding, KV write, paged attention),
-    then the output matrix. window: each query sees this many last keys; None sees all. rotary: False in some SmolLM3 layers."""
+    """q/k/v from one matrix, then all that the step's back end does (per-head norms, rotary embedding, KV write, paged
+    attention), then the output matrix. window: each query sees this many last keys; None sees all. rotary: False in some
+    SmolLM3 layers."""
 
     layer: int
     num_heads: int

@@ -13,7 +13,7 @@ class GatedMLP:
     kernels read them, in pairs of one gate and one up row."""
 
     def __init__(self, gate_up: Linear, pairs: bool, down: Linear) -> None:
-        self.gate_up, self.down = gate_up, down
+        self.gate_up, self.down, self.pairs = gate_up, down, pairs
         self.activate = ops.silu_mul_pairs if pairs else ops.silu_mul
 
     def __call__(self, x: Tensor) -> Tensor:

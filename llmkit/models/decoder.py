@@ -52,6 +52,7 @@ class Decoder:
         head = embedding if tied else load.tensor("lm_head.weight", config.vocab_size, config.hidden_size)
         self.lm_head = LMHead(head)
         self.weight_bytes = load.bytes
+        self.attention_width = config.num_heads * config.head_dim
 
     def forward(self, input_ids: Tensor, step: Step) -> Tensor:
         """input_ids: int64 [T] -> hidden states [T, hidden], normed. Writes the step's keys and values."""

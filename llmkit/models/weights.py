@@ -165,8 +165,10 @@ class DummySource:
 
     BLOCK = 2**20 + 7  # values drawn per tensor; larger tensors repeat them (odd, so that rows do not line up)
 
-    def __init__(self, seed: int = 0, dtype: torch.dtype = torch.float32, assume: bool = False) -> None:
-        self.seed, self.dtype, self.assume = seed, dtype, assume
+    def __init__(
+        self, seed: int = 0, dtype: torch.dtype = torch.float32, assume: bool = False, device: torch.device | str = "cpu"
+    ) -> None:
+        self.seed, self.dtype, self.assume, self.device = seed, dtype, assume, device
 
     def names(self) -> Collection[str]:
         return ()
@@ -180,11 +182,11 @@ class DummySource:
                 f"dummy weights: tensor {name!r} was asked for without a shape", "give the shape config.json implies"
             )
         if name.endswith("bias"):
-            return torch.zeros(shape, dtype=self.dtype)
+            return torch.zeros(shape, dtype=self.dtype, device=self.device)
         if "norm" in name:
-            return torch.ones(shape, dtype=self.dtype)
+            return torch.ones(shape, dtype=self.dtype, device=self.device)
         size = math.prod(shape)
-        noise = torch.empty(min(size, self.BLOCK)).normal_(0, 0.02, generator=self._generator(name)).to(self.dtype)
+        noise = torch.empty(min(size, self.BLOCK)).normal_(0, 0.02, generator=self._generator(name)).to(self.device, self.dtype)
         return noise.repeat(-(-size // max(1, len(noise))))[:size].view(shape)
 
     def close(self) -> None:
@@ -195,13 +197,15 @@ class DummySource:
         return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
 
 
-def open_weights(folder: Path, load_format: str = "auto", dtype: torch.dtype = torch.float32, seed: int = 0) -> WeightSource:
-    """Weights of a local model folder. `dtype` and `seed` matter only for load_format="dummy".
+def open_weights(
+    folder: Path, load_format: str = "auto", dtype: torch.dtype = torch.float32, seed: int = 0, device: torch.device | str = "cpu"
+) -> WeightSource:
+    """Weights of a local model folder. `dtype`, `seed` and `device` matter only for load_format="dummy".
 
     A GGUF model arrives here as the folder it was converted into, so "gguf" and "safetensors" read the same files.
     """
     if load_format == "dummy":
-        return DummySource(seed, dtype)
+        return DummySource(seed, dtype, device=device)
     if load_format not in ("auto", "safetensors", "gguf"):
         raise ConfigError(f"load_format must be auto, safetensors, gguf or dummy; got {load_format!r}")
     return SafetensorsSource(Path(folder))

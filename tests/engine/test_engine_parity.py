@@ -294,8 +294,8 @@ def real(smollm2_folder: Path) -> list[Expected]:
 
 @pytest.fixture(scope="session")
 def company(real: list[Expected]) -> list[list[int]]:
-    """Prompts that fill the batch up to 64: pieces of the long one, from 1 to 80 tokens."""
-    lengths = [1 + (37 * i) % 80 for i in range(64 - len(real))]
+    """Prompts that fill the batch up to 64: pieces of the long one, from 1 to 120 tokens."""
+    lengths = [1 + (37 * i) % 120 for i in range(64 - len(real))]
     return [real[-1].prompt[i * 7 : i * 7 + n] for i, n in enumerate(lengths)]
 
 

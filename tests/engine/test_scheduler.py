@@ -38,15 +38,24 @@ def next_token(prefix: bytes) -> int:
 
 
 class ShadowRunner:
-    """Writes and checks prefixes instead of keys and values."""
+    """Writes and checks prefixes instead of keys and values.
 
-    def __init__(self, model: object, rows: Rows, num_blocks: int, max_tokens: int, dtype: torch.dtype) -> None:
-        self.max_tokens = max_tokens
+    With `chains` it behaves as a GPU does: a decode step may be launched before the host knows the last one's tokens, so what
+    each row has said is remembered here, on the "device".
+    """
+
+    def __init__(self, rows: Rows, max_tokens: int, chains: bool) -> None:
+        self.max_tokens, self.chains = max_tokens, chains
         self.cache: dict[int, bytes] = {}
+        self.num_chained = 0
         self.attach(rows)
 
     def attach(self, rows: Rows) -> None:
         self.rows = rows
+        self.said: dict[int, bytes] = {}
+
+    def can_chain(self, batch: Batch) -> bool:
+        return self.chains and batch.num_decodes == len(batch.rows)
 
     def run(self, batch: Batch, schedule: Schedule) -> StepResult:
         self.rows.released.clear()
@@ -54,18 +63,34 @@ class ShadowRunner:
         for source, target in schedule.copies:
             for i in range(size):
                 self.cache[target * size + i] = self.cache.get(source * size + i, b"")
-        prefixes = [self.rows.token_ids[row, : self.rows.num_tokens[row]].astype(np.uint8).tobytes() for row in batch.rows]
+        ahead = (batch.slot_mapping < 0).any()
+        prefixes = [self.said[row] if ahead else self.known(row) for row in batch.rows.tolist()]
+        if ahead:
+            self.num_chained += 1
+            self.find_slots(batch)
+            batch.input_ids[:] = [p[-1] for p in prefixes]
         self.check_layout(batch, prefixes)
         for prefix, start, end, low in self.spans(batch, prefixes):
             for position in range(start, end):
                 self.cache[int(batch.slot_mapping[low + position - start])] = prefix[: position + 1]
         for i, (prefix, _, end, _) in enumerate(self.spans(batch, prefixes)):
             for position in range(end):
-                slot = int(batch.block_tables[i, position // size]) * size + position % size
+                slot = int(self.rows.block_table[batch.rows[i], position // size]) * size + position % size
                 assert slot >= size, "a row reads the padding block"
                 assert self.cache.get(slot) == prefix[: position + 1], f"row reads another prefix at {position}"
         tokens = [next_token(prefixes[i]) for i in batch.sampled]
+        self.said |= {int(batch.rows[i]): prefixes[i] + bytes([t]) for i, t in zip(batch.sampled, tokens)}
         return StepResult(SampledTokens(torch.tensor(tokens), None) if tokens else None, [])
+
+    def known(self, row: int) -> bytes:
+        """What the host knows of a row."""
+        return self.rows.token_ids[row, : self.rows.num_tokens[row]].astype(np.uint8).tobytes()
+
+    def find_slots(self, batch: Batch) -> None:
+        """As a GPU finds them: in its own copy of the block tables."""
+        size = self.rows.block_size
+        assert (batch.positions // size < self.rows.num_blocks[batch.rows]).all(), "no block for the new token"
+        batch.slot_mapping[:] = self.rows.block_table[batch.rows, batch.positions // size] * size + batch.positions % size
 
     @staticmethod
     def spans(batch: Batch, prefixes: list[bytes]) -> list[tuple[bytes, int, int, int]]:
@@ -97,13 +122,15 @@ class House:
     chunk_limit: int = 0
     caching: bool = True
     by_priority: bool = False
+    chains: bool = False
     everybody: list[Request] = field(default_factory=list)
     num_copies: int = 0
 
     def __post_init__(self) -> None:
         self.max_len = (self.num_blocks - 1) * self.block_size
         plan = MemoryPlan("cpu", 0, 0, 0, 0, 1, self.block_size, self.num_blocks, self.max_len, self.num_rows)
-        with mock.patch("llmkit.engine.engine.Runner", ShadowRunner):
+        shadow = lambda model, rows, num_blocks, max_tokens, *rest: ShadowRunner(rows, max_tokens, self.chains)
+        with mock.patch("llmkit.engine.engine.create_runner", shadow):
             self.engine = Engine(None, plan, torch.float32, token_budget=self.budget, chunk_limit=self.chunk_limit,  # type: ignore[arg-type]
                                  caching=self.caching, by_priority=self.by_priority)  # fmt: skip
 
@@ -128,7 +155,8 @@ class House:
         first = min(alive, key=self.key, default=None)
         first_ran = first is not None and first.status is Status.RUNNING
         output = self.engine.step()
-        assert (output is None) == (not alive)
+        assert output is not None or not alive
+        assert self.chains or (output is None) == (not alive)
         if output is not None:
             chunk = self.chunk_limit or self.budget
             assert output.batch.num_new.max() <= chunk
@@ -203,6 +231,7 @@ def houses(draw: st.DrawFn, **fixed: object) -> House:
         "chunk_limit": draw(st.sampled_from([0, 1, 2, 5])),
         "caching": draw(st.booleans()),
         "by_priority": draw(st.booleans()),
+        "chains": draw(st.booleans()),
     }
     return House(**options | fixed)  # type: ignore[arg-type]
 
@@ -324,3 +353,12 @@ def test_recover_ends_everybody_and_starts_empty():
     house.add([0, 1, 0], 5)
     house.drain()
     house.check_answers(set())
+
+
+def test_a_chained_engine_says_the_same_and_does_chain():
+    house = House(num_blocks=12, block_size=4, num_rows=3, budget=8, chains=True)
+    for start in range(5):
+        house.add([start % 2, 1, start % 3], 9)
+    house.drain()
+    house.check_answers(set())
+    assert house.engine.runner.num_chained > 3  # type: ignore[attr-defined]

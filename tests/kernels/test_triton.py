@@ -16,7 +16,7 @@ from llmkit_kernels import activation, attention, gemm, norm, reference, rope_ca
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
-TOLERANCE = 2e-2 if DTYPE == torch.bfloat16 else 2e-5
+TOLERANCE = 2e-2 if torch.bfloat16 == DTYPE else 2e-5
 
 
 def close(got: torch.Tensor, want: torch.Tensor, tolerance: float = TOLERANCE) -> None:
@@ -51,7 +51,9 @@ def test_add_rms_norm_sums_partials_and_updates_the_residual(rows: int, width: i
 
 
 @pytest.mark.parametrize("m", [1, 3, 16, 33])
-@pytest.mark.parametrize(("n", "k", "tile"), [(128, 256, gemm.Tile(64, 64, 4, 3, 2)), (96, 192, None), (200, 96, gemm.Tile(64, 32, 4, 2, 3))])
+@pytest.mark.parametrize(
+    ("n", "k", "tile"), [(128, 256, gemm.Tile(64, 64, 4, 3, 2)), (96, 192, None), (200, 96, gemm.Tile(64, 32, 4, 2, 3))]
+)
 def test_partial_products_add_up(m: int, n: int, k: int, tile: gemm.Tile | None) -> None:
     x, w = normal(m, k), normal(n, k, scale=k**-0.5)
     tile = tile or gemm.plan(n, k, m)
@@ -107,7 +109,8 @@ def attend(q, k, v, k_cache, v_cache, tables, lens, contexts, scale, window):  #
     size = k_cache.shape[2]
     cu = np.concatenate(([0], np.cumsum(lens))).astype(np.int64)
     table = tables.cpu().numpy()
-    slots = np.concatenate([table[i][p // size] * size + p % size for i, (n, c) in enumerate(zip(lens, contexts)) for p in [np.arange(c - n, c)]])
+    new = [np.arange(c - n, c) for n, c in zip(lens, contexts)]
+    slots = np.concatenate([table[i][p // size] * size + p % size for i, p in enumerate(new)])
     rows = reference.kv_rows(torch.from_numpy(slots.astype(np.int64)).to(DEVICE), k_cache.shape[1], size)
     reference.write_kv(k, v, k_cache, v_cache, rows)
     layout = reference.CacheLayout(k_cache.shape[1], size, k_cache.dtype, DEVICE)
@@ -174,17 +177,18 @@ def test_sample_is_greedy_at_zero_and_draws_the_softmax_else(vocab: int) -> None
     temperatures = torch.zeros(5, device=DEVICE)
     seeds, counters, last = (torch.zeros(5, dtype=torch.int64, device=DEVICE) for _ in range(3))
     scratch, out = sampling.SampleScratch(batch, vocab, DEVICE), torch.full((batch,), -7, device=DEVICE)
-    sampling.sample(logits, rows, temperatures, seeds, counters, last, out, scratch)
+    sampling.sample(logits, rows, temperatures, seeds, counters, last, out, scratch, 4)
     assert torch.equal(out, logits.argmax(1))
-    assert torch.equal(last[rows], out)
-    assert counters[rows].tolist() == [1, 1, 1]
-    assert counters[[1, 3]].tolist() == [0, 0]
+    assert torch.equal(last[rows[1:]], out[1:])
+    assert counters.tolist() == [1, 0, 1, 0, 0]  # row 4 is padding
+    assert last[4] == 0
 
 
 def test_sample_says_when_nothing_can_be_chosen() -> None:
     logits = torch.full((1, 10), float("nan"), device=DEVICE)
     zero, last = torch.zeros(1, dtype=torch.int64, device=DEVICE), torch.full((1,), 9, device=DEVICE)
-    out = sampling.sample(logits, zero, torch.ones(1, device=DEVICE), zero, zero.clone(), last, zero.clone(), sampling.SampleScratch(1, 10, DEVICE))
+    warm, scratch = torch.ones(1, device=DEVICE), sampling.SampleScratch(1, 10, DEVICE)
+    out = sampling.sample(logits, zero, warm, zero, zero.clone(), last, zero.clone(), scratch, 1)
     assert (out.item(), last.item()) == (-1, 0)
 
 
@@ -196,8 +200,8 @@ def test_sampled_frequencies_fit_and_repeat() -> None:
     outs = []
     for _ in range(2):
         counters, last = torch.zeros_like(rows), torch.zeros_like(rows)
-        scratch = sampling.SampleScratch(draws, 4, DEVICE)
-        outs.append(sampling.sample(logits, rows, torch.ones(draws, device=DEVICE), seeds, counters, last, rows.clone(), scratch))
+        warm, scratch = torch.ones(draws, device=DEVICE), sampling.SampleScratch(draws, 4, DEVICE)
+        outs.append(sampling.sample(logits, rows, warm, seeds, counters, last, rows.clone(), scratch, draws))
     assert torch.equal(*outs)
     expected = probabilities.cpu() * draws
     chi2 = ((torch.bincount(outs[0].cpu(), minlength=4) - expected) ** 2 / expected).sum()

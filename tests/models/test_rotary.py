@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from llmkit_kernels import reference
 from transformers import LlamaConfig, Phi3Config
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from llmkit_kernels import reference
 from llmkit.errors import ConfigError, UnsupportedModelError
 from llmkit.layers.rotary import RotaryEmbedding, inverse_frequencies
 from llmkit.models.config import ModelConfig, RopeConfig

@@ -1,0 +1,127 @@
+"""The runner on a GPU with our kernels: decode steps as graphs, plain sampling on the device."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from llmkit_kernels import sampling
+from torch import Tensor
+
+from llmkit.attention.triton import TritonStep
+from llmkit.engine.batch import Batch
+from llmkit.engine.graphs import DecodeGraphs, DeviceRows
+from llmkit.engine.rows import Rows
+from llmkit.engine.runner import Runner, StepResult
+from llmkit.engine.sampler import SampledTokens
+from llmkit.engine.sampling_rows import FEATURES
+from llmkit.engine.scheduler import Schedule
+from llmkit.models.decoder import Decoder
+from llmkit.models.fused_decode import FusedDecode
+
+_NOT_PLAIN = tuple(f for f in FEATURES if f != "sampled")  # what the sampling kernel does not know
+
+
+class _OnTheWay(SampledTokens):
+    """Tokens that are being copied to the host while the device goes on; the next step may overwrite their place there."""
+
+    def __init__(self, token_ids: Tensor) -> None:
+        super().__init__(token_ids, None)
+        self._host = torch.empty(len(token_ids), dtype=torch.int64, pin_memory=True)
+        self._host.copy_(token_ids, non_blocking=True)
+        self._arrived = torch.cuda.Event()
+        self._arrived.record()
+
+    def to_host(self) -> np.ndarray:
+        self._arrived.synchronize()
+        return self._host.numpy()
+
+
+class CudaRunner(Runner):
+    """A `Runner` whose decode steps are replayed graphs. Mixed steps and unusual sampling take the eager road, on the same rows.
+
+    Which road a request's draws take depends on its own parameters alone, never on its company.
+    """
+
+    def __init__(
+        self, model: Decoder, rows: Rows, num_blocks: int, max_tokens: int, dtype: torch.dtype, enforce_eager: bool = False
+    ) -> None:
+        self.enforce_eager = enforce_eager
+        self.fused = FusedDecode(model)
+        super().__init__(model, rows, num_blocks, max_tokens, dtype)
+
+    def attach(self, rows: Rows) -> None:
+        super().attach(rows)
+        count = len(rows.requests)
+        self.state = DeviceRows(count, rows.block_table.shape[1], self.device)
+        self.last_token = self.state.last_token
+        self.graphs = DecodeGraphs(self._decode, self.state, count, self.enforce_eager)
+
+    @torch.inference_mode()
+    def run(self, batch: Batch, schedule: Schedule) -> StepResult:
+        """As `Runner.run`."""
+        if batch.num_decodes < len(batch.rows):
+            return super().run(batch, schedule)
+        self._copy_blocks(schedule.copies)
+        self._load_rows(schedule)
+        self._send_tables()
+        if schedule.admitted:  # a cached prompt whose last token alone is computed: its position was never set
+            self._set_positions(batch.rows, batch.context_lens)
+        token_ids, logits = self.graphs.run(batch.rows)
+        return StepResult(self._finish(token_ids, logits, batch.rows), [])
+
+    def _load_rows(self, schedule: Schedule) -> None:
+        super()._load_rows(schedule)
+        if schedule.admitted:
+            rows = np.array([r.row for r in schedule.admitted])
+            seeds = np.array([r.seed & (2**62 - 1) for r in schedule.admitted])
+            at = self._index(rows)
+            self.state.seed[at] = self._index(seeds)
+            self.state.temperature[at] = self._index(self.sampling.temperature.host[rows])
+
+    def _send_tables(self) -> None:
+        rows = np.fromiter(self.rows.grown, np.int64, len(self.rows.grown))
+        self.rows.grown.clear()
+        self.state.update_tables(rows, self.rows.block_table[rows])
+
+    def _set_positions(self, rows: np.ndarray, context_lens: np.ndarray) -> None:
+        self.state.position[self._index(rows)] = self._index(context_lens.astype(np.int64) - 1)
+
+    def _decode(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """The body of a graph: one token of each row."""
+        state = self.state
+        positions = state.position[rows]
+        step = TritonStep(self.kv_cache, self.model.rotary, positions, positions, state.block_table[rows], len(rows), None, {})
+        logits = self.fused(state.last_token[rows], step)
+        return self._sample(logits, rows), logits
+
+    def _sample(self, logits: Tensor, rows: Tensor) -> Tensor:
+        s = self.state
+        scratch = sampling.SampleScratch(logits.shape[0], logits.shape[1], self.device)
+        return sampling.sample(
+            logits, rows, s.temperature, s.seed, s.position, s.last_token, torch.empty_like(rows), scratch, s.num_rows
+        )
+
+    def _choose(self, logits: Tensor, batch: Batch) -> SampledTokens:
+        rows = batch.rows[batch.sampled]
+        self._set_positions(rows, batch.context_lens[batch.sampled])
+        return self._finish(self._sample(logits, self._index(rows)), logits, rows)
+
+    def can_chain(self, batch: Batch) -> bool:
+        """Decode steps whose tokens the device samples by itself."""
+        return batch.num_decodes == len(batch.rows) and not any(self.sampling.using(f, batch.rows).size for f in _NOT_PLAIN)
+
+    def _finish(self, token_ids: Tensor, logits: Tensor, rows: np.ndarray) -> SampledTokens:
+        """Draw again, with the full sampler, for the rows that ask for more than a temperature."""
+        asked = [self.sampling.using(feature, rows) for feature in _NOT_PLAIN]
+        unusual = np.unique(np.concatenate(asked))
+        if not unusual.size:
+            return _OnTheWay(token_ids)
+        at = self._index(unusual)
+        drawn = self.sampler(logits[at], rows[unusual], self.history)
+        token_ids = token_ids.index_copy(0, at, drawn.token_ids)
+        self.last_token[self._index(rows[unusual])] = drawn.token_ids.clamp_min(0)
+        if drawn.logprobs is not None and drawn.logprobs.where is not None:
+            where = np.full(len(rows), -1, np.int64)
+            where[unusual] = drawn.logprobs.where
+            drawn.logprobs.where = where
+        return SampledTokens(token_ids, drawn.logprobs)

@@ -1,0 +1,88 @@
+"""Decode steps on a GPU as CUDA graphs: one launch instead of some two hundred.
+
+A step's inputs are the rows that take part; everything else it needs lives on the device, one entry a row, and the step itself
+brings it forward: the last token, the position, the block table, how to sample. So the host sends a handful of row numbers, and
+a block table only when it has grown. Graphs are captured when a size is first needed; a batch is padded to the next size with a
+row that nobody owns.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+SIZES = [1, 2, 4, 8, 12, 16, 24, 32, 40, 48, 56, 64, *range(80, 257, 16), *range(288, 1025, 32)]
+
+
+class DeviceRows:
+    """State of the running requests on the device. Row `num_rows` belongs to nobody: padding computes there, into block 0.
+
+    last_token, position (where that token stands), seed: int64. temperature: fp32, 0 = greedy. block_table: int32 [rows, blocks].
+    """
+
+    def __init__(self, num_rows: int, max_blocks: int, device: torch.device) -> None:
+        self.num_rows = num_rows
+        self.last_token, self.position, self.seed = torch.zeros(3, num_rows + 1, dtype=torch.int64, device=device).unbind(0)
+        self.temperature = torch.zeros(num_rows + 1, dtype=torch.float32, device=device)
+        self.block_table = torch.zeros(num_rows + 1, max_blocks, dtype=torch.int32, device=device)
+
+    def update_tables(self, rows: np.ndarray, tables: np.ndarray) -> None:
+        """Send the block tables, int32 [n, blocks], of the rows where they have changed."""
+        if rows.size:
+            device = self.block_table.device
+            self.block_table[torch.from_numpy(rows).to(device)] = torch.from_numpy(tables).to(device)
+
+
+class DecodeGraphs:
+    """Captured decode steps by batch size.
+
+    body: (rows int64 [B]) -> (token ids int64 [B], logits fp32 [B, vocabulary]); reads and advances the device rows.
+    """
+
+    def __init__(self, body: Callable[[Tensor], tuple[Tensor, Tensor]], state: DeviceRows, max_size: int, eager: bool) -> None:
+        self.body, self.state, self.eager = body, state, eager
+        self.sizes = [s for s in SIZES if s < max_size] + [max_size]
+        self.rows = torch.full((max_size,), state.num_rows, dtype=torch.int64, device=state.position.device)
+        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
+        self._pool = None
+        self._loaded = np.empty(0, np.int64)
+
+    def run(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
+        """One step of these rows, int64 [B]: (token ids [B], logits [B, vocabulary]); both are overwritten by the next step."""
+        count = len(rows)
+        size = self.sizes[bisect.bisect_left(self.sizes, count)]
+        self._load(rows, size)
+        if self.eager:
+            token_ids, logits = self.body(self.rows[:size])
+        else:
+            if size not in self._graphs:
+                self._graphs[size] = self._capture(size)
+            graph, token_ids, logits = self._graphs[size]
+            graph.replay()
+        return token_ids[:count], logits[:count]
+
+    def _load(self, rows: np.ndarray, size: int) -> None:
+        padded = np.concatenate((rows, np.full(size - len(rows), self.state.num_rows, np.int64)))
+        if not np.array_equal(padded, self._loaded):
+            self.rows[:size].copy_(torch.from_numpy(padded))
+            self._loaded = padded
+
+    def _capture(self, size: int) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
+        """Compile and warm up on rows that nobody owns, then record."""
+        keep = self.rows[:size].clone()
+        self.rows[:size] = self.state.num_rows
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            self.body(self.rows[:size])
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            token_ids, logits = self.body(self.rows[:size])
+        self._pool = self._pool or graph.pool()
+        self.rows[:size] = keep
+        return graph, token_ids, logits
