@@ -49,6 +49,13 @@ if TYPE_CHECKING:
     from llmkit.sampling_params import StructuredOutputsParams as StructuredOutputsParams
 
 
+def load_ipython_extension(shell: Any) -> None:
+    """`%load_ext llmkit`: the magic `%llmkit`."""
+    from llmkit.notebook.magics import load
+
+    load(shell)
+
+
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'llmkit' has no attribute {name!r}")

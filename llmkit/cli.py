@@ -45,9 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 141
 
 
-def parse(argv: Sequence[str]) -> argparse.Namespace:
+def parse(argv: Sequence[str], prog: str = "llmkit") -> argparse.Namespace:
     """Parse a command line. Raises UsageError, never exits (but for --help and --version)."""
-    args, unknown = build_parser().parse_known_args(list(argv))
+    args, unknown = build_parser(prog).parse_known_args(list(argv))
     if unknown and args.leaf.takes_parameters:
         args.parameters = [*_loose_parameters(args.leaf, unknown), *(args.parameters or [])]
     elif unknown:
@@ -72,13 +72,17 @@ class Parser(argparse.ArgumentParser):
         self.fill, self.takes_parameters = fill, takes_parameters
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        if self.fill:
-            fill, self.fill = self.fill, None
-            fill(self)
+        self.complete_arguments()
         space, unknown = super().parse_known_args(args, namespace)
         if not hasattr(space, "leaf"):  # the innermost command gets here first
             space.leaf = self
         return space, unknown
+
+    def complete_arguments(self) -> None:
+        """Have all arguments: those that are added on first use too."""
+        if self.fill:
+            fill, self.fill = self.fill, None
+            fill(self)
 
     def error(self, message: str) -> typing.NoReturn:
         wrong = re.search(r"argument (\S+): invalid choice: '(.*?)' \(choose from (.*)\)", message)
@@ -112,7 +116,15 @@ def build_parser(prog: str = "llmkit") -> Parser:
     _add_run(commands)
     _add_notebooks(commands)
     _add_bench(commands)
+    _add_doctor(commands)
     return parser
+
+
+def subcommands(parser: Parser) -> dict[str, Parser]:
+    """The commands below `parser`, by name."""
+    parser.complete_arguments()
+    trees = [action.choices for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    return dict(trees[0]) if trees else {}
 
 
 Handler = Callable[[argparse.Namespace], int | None]
@@ -451,3 +463,19 @@ def _bench(args: argparse.Namespace) -> int | None:
     from llmkit.bench.cli import run
 
     return run(args)
+
+
+# ---- doctor
+
+
+def _add_doctor(commands: Any) -> None:
+    p = _command(commands, "doctor", "check this machine: OK, WARN or FAIL, and the command that mends it", _doctor)
+    p.add_argument("--json", action="store_true", help="as JSON")
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from llmkit.doctor import diagnose
+
+    report = diagnose()
+    print(report.to_json() if args.json else report.text(colour=sys.stdout.isatty() and "NO_COLOR" not in os.environ))
+    return 0 if report.ok else 1

@@ -191,7 +191,8 @@ def _show(args: argparse.Namespace, name: str, bench: Bench, rows: list[Row]) ->
 def _finish(args: argparse.Namespace, name: str, dtype: str, machine: Any, ceilings: Ceilings | None, rows: list[Row],
             load: float) -> None:  # fmt: skip
     from llmkit.bench.measure import say
-    from llmkit.bench.report import Report, add_ratios, load_average, num_cores, warnings
+    from llmkit.bench.report import Report, add_ratios, load_average, warnings
+    from llmkit.machine import num_cores
 
     add_ratios(rows)
     options = engine_options(args) | {n: getattr(args, n) for n in OWN if hasattr(args, n)}

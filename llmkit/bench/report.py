@@ -6,13 +6,12 @@ import datetime
 import json
 import os
 import platform
-import sys
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import llmkit
+from llmkit.machine import cpu_name, num_cores
 
 if TYPE_CHECKING:
     from llmkit.bench.ceilings import Ceilings
@@ -87,20 +86,6 @@ class Machine:
     def __str__(self) -> str:
         libraries = ", ".join(f"{name} {v}" for name, v in self.versions.items())
         return f"{self.cpu}, {self.cores} cores, {self.threads} torch threads, {self.gpu or 'no GPU'} · {libraries} · {self.date}"
-
-
-def cpu_name() -> str:
-    """The model's name as the system gives it."""
-    info = Path("/proc/cpuinfo")
-    for line in info.read_text().splitlines() if info.exists() else ():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def num_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 @dataclass
