@@ -24,7 +24,7 @@ TITLES = {"modelscope": "modelscope", "hf": "hugging face", "index": "package in
 FIXES = {
     "modelscope": "export LLMKIT_HUBS=hf   # or check HTTPS_PROXY and MODELSCOPE_ENDPOINT",
     "hf": "export LLMKIT_HUBS=modelscope   # or check HTTPS_PROXY; HF_ENDPOINT can name a mirror",
-    "index": "pip config set global.index-url MIRROR   # `pip config list` shows which index is asked",
+    "index": "pip config list   # shows which index is asked; check HTTPS_PROXY, or set index-url to a mirror",
 }
 NO_HUB = f"llmkit pull {DEFAULT_MODEL}   # or check the network and HTTPS_PROXY"  # what to do where neither hub answers
 
