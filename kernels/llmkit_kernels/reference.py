@@ -79,16 +79,30 @@ class _DecodeGroup:
 
 
 @dataclass(slots=True)
-class _Chunk:
-    """A run of prompt tokens start..end of one sequence. `blocks` is None for plain causal attention over the chunk itself, else
-    int64 [G·n], for each head the (block, head) pairs that it reads; mask: bool [end-start, keys], which of the cached keys
-    each query sees."""
+class _Tile:
+    """Some queries of a chunk, so that scores stay in the cache: tokens start..end of the step over keys lo..hi of the chunk.
+
+    future: bool [n, n] over the last n keys, True where a key lies behind its query. past: bool [n, m] over the first m keys,
+    True where a key has left the window; None where none has.
+    """
 
     start: int
     end: int
-    keys: int
+    lo: int
+    hi: int
+    future: Tensor
+    past: Tensor | None
+
+
+@dataclass(slots=True)
+class _Chunk:
+    """A run of prompt tokens start..end of one sequence. `blocks` is None when its keys are just its own tokens', else int64
+    [G·n], for each head the (block, head) pairs that it reads."""
+
+    start: int
+    end: int
     blocks: Tensor | None
-    mask: Tensor | None
+    tiles: list[_Tile]
 
 
 @dataclass(slots=True)
@@ -168,18 +182,32 @@ def _plan_group(
     )
 
 
+_TILE_QUERIES = 256
+_TILE_SCORES = 1 << 24  # keys · queries of one head
+
+
 def _plan_chunk(start: int, end: int, context: int, table: np.ndarray, window: int | None, layout: CacheLayout) -> _Chunk:
     queries, size = end - start, layout.block_size
     done = context - queries
-    if done == 0 and (window is None or context <= window):
-        return _Chunk(start, end, queries, None, None)
-    first = max(0, done + 1 - window) // size if window else 0
-    q = torch.arange(done, context, device=layout.device)[:, None]
-    k = torch.arange(first * size, context, device=layout.device)
-    mask = k <= q
-    if window:
-        mask &= k > q - window
-    return _Chunk(start, end, context - first * size, layout.pairs(table[first : -(-context // size)]), mask)
+    first = max(0, done + 1 - window) // size * size if window else 0  # the first key that anybody sees, down to a block's begin
+    step = max(16, min(_TILE_QUERIES, _TILE_SCORES // context))
+    tiles = [
+        _plan_tile(start, a, min(a + step, queries), done - first, first, window, layout.device) for a in range(0, queries, step)
+    ]
+    blocks = layout.pairs(table[first // size : -(-context // size)]) if done else None
+    return _Chunk(start, end, blocks, tiles)
+
+
+def _plan_tile(start: int, a: int, b: int, done: int, first: int, window: int | None, device: torch.device) -> _Tile:
+    """Queries a..b of a chunk that begins at `start` in the step and has `done` keys before it, counted from key `first` on."""
+    n, hi = b - a, done + b
+    begin = done + a + 1 - window if window else 0  # the first key that the first query sees
+    lo = max(0, begin)
+    future = torch.ones(n, n, dtype=torch.bool, device=device).triu(1)
+    past = None
+    if window and hi - begin > window:
+        past = torch.ones(n, min(n, hi - lo), dtype=torch.bool, device=device).tril(-1 - (lo - begin))
+    return _Tile(start + a, start + b, lo, hi, future, past)
 
 
 def paged_attention(
@@ -207,7 +235,7 @@ def _decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, group: _DecodeGroup, sc
     """One query per sequence. The H/G query heads that share a key head are its query rows, so keys are never repeated.
 
     Two batched matmuls, not torch's fused attention: on a CPU that pays per (sequence, head), 0.70 against 0.36 ms a layer for 32
-    sequences of 192 keys. The softmax is taken in float32.
+    sequences of 192 keys.
     """
     heads, dim, kv_heads = q.shape[1], q.shape[2], k_cache.shape[1]
     rows = q[: group.size] if group.tokens is None else q.index_select(0, group.tokens)
@@ -215,8 +243,7 @@ def _decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, group: _DecodeGroup, sc
     keys = _gather(k_cache, group.blocks, group.size * kv_heads)
     values = _gather(v_cache, group.blocks, group.size * kv_heads)
     scores = torch.baddbmm(group.bias, queries, keys.transpose(1, 2), alpha=scale)
-    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
-    attended = torch.bmm(weights, values).view(group.size, heads, dim)
+    attended = torch.bmm(torch.softmax(scores, dim=-1), values).view(group.size, heads, dim)  # softmax adds up in float32
     if group.tokens is None:
         out[: group.size] = attended
     else:
@@ -224,21 +251,22 @@ def _decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, group: _DecodeGroup, sc
 
 
 def _prefill(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, chunk: _Chunk, scale: float, out: Tensor) -> None:
-    """A chunk of one sequence: over itself alone (causal), or over cached keys with the chunk's mask."""
+    """A chunk of one sequence, over its own keys or over cached ones (its own among them), a tile of queries at a time.
+
+    Batched matmuls beat torch's fused attention on a CPU here too: 1.6 against 4.6 ms a layer for 512 tokens of SmolLM2.
+    """
     kv_heads, dim = k.shape[1], k.shape[2]
-    span = slice(chunk.start, chunk.end)
     if chunk.blocks is None:
-        keys, values = k[span].transpose(0, 1), v[span].transpose(0, 1)
+        keys, values = (x[chunk.start : chunk.end].transpose(0, 1) for x in (k, v))
     else:
-        keys, values = (_gather(c, chunk.blocks, kv_heads)[:, : chunk.keys] for c in (k_cache, v_cache))
-    queries = q[span].unflatten(1, (kv_heads, -1)).permute(1, 2, 0, 3)  # [G, H/G, queries, D]
-    share = (kv_heads, queries.shape[1], chunk.keys, dim)  # each key head serves H/G query heads, without copies
-    attended = F.scaled_dot_product_attention(
-        queries,
-        keys.unsqueeze(1).expand(share),
-        values.unsqueeze(1).expand(share),
-        attn_mask=chunk.mask,
-        is_causal=chunk.mask is None,
-        scale=scale,
-    )
-    out[span] = attended.permute(2, 0, 1, 3).flatten(1, 2)
+        keys, values = (_gather(c, chunk.blocks, kv_heads) for c in (k_cache, v_cache))
+    for t in chunk.tiles:
+        rows = q[t.start : t.end].unflatten(1, (kv_heads, -1)).permute(1, 2, 0, 3)  # [G, H/G, n, D]
+        flat = rows.reshape(kv_heads, -1, dim)
+        scores = torch.baddbmm(flat.new_zeros(1, 1, 1), flat, keys[:, t.lo : t.hi].transpose(1, 2), beta=0, alpha=scale)
+        seen = scores.view(*rows.shape[:3], -1)
+        seen[..., -t.future.shape[1] :].masked_fill_(t.future, float("-inf"))
+        if t.past is not None:
+            seen[..., : t.past.shape[1]].masked_fill_(t.past, float("-inf"))
+        attended = torch.bmm(torch.softmax(scores, dim=-1), values[:, t.lo : t.hi]).view_as(rows)
+        out[t.start : t.end] = attended.permute(2, 0, 1, 3).flatten(1, 2)

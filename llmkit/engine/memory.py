@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 
 from llmkit import ops
 from llmkit.config import EngineConfig
 from llmkit.errors import OutOfMemoryError
+from llmkit.machine import cgroup_bytes
 from llmkit.models.config import ModelConfig
 
 GiB = 1 << 30
@@ -136,7 +136,7 @@ def device_total(device: torch.device) -> int:
         return torch.cuda.mem_get_info(device)[1]
     import psutil
 
-    return min([psutil.virtual_memory().total, *_cgroup("memory.max")])
+    return min([psutil.virtual_memory().total, *cgroup_bytes("memory.max")])
 
 
 def device_used(device: torch.device) -> int:
@@ -148,9 +148,3 @@ def device_used(device: torch.device) -> int:
 
     memory = psutil.virtual_memory()
     return memory.total - memory.available
-
-
-def _cgroup(name: str) -> list[int]:
-    path = Path("/sys/fs/cgroup") / name
-    text = path.read_text().strip() if path.exists() else "max"
-    return [int(text)] if text.isdigit() else []
