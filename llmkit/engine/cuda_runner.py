@@ -13,7 +13,7 @@ from llmkit.engine.graphs import DecodeGraphs, DeviceRows
 from llmkit.engine.rows import Rows
 from llmkit.engine.runner import Runner, StepResult
 from llmkit.engine.sampler import SampledTokens
-from llmkit.engine.sampling_rows import FEATURES
+from llmkit.engine.sampling_rows import FEATURES, GREEDY_BELOW
 from llmkit.engine.scheduler import Schedule
 from llmkit.models.decoder import Decoder
 from llmkit.models.fused_decode import FusedDecode
@@ -76,7 +76,8 @@ class CudaRunner(Runner):
             seeds = np.array([r.seed & (2**62 - 1) for r in schedule.admitted])
             at = self._index(rows)
             self.state.seed[at] = self._index(seeds)
-            self.state.temperature[at] = self._index(self.sampling.temperature.host[rows])
+            heat = self.sampling.temperature.host[rows]
+            self.state.temperature[at] = self._index(np.where(heat < GREEDY_BELOW, np.float32(0), heat))
 
     def _send_tables(self) -> None:
         rows = np.fromiter(self.rows.grown, np.int64, len(self.rows.grown))

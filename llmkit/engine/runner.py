@@ -96,11 +96,14 @@ class Runner:
         """Unload rows that were given back; load what new ones need: sampling parameters, and their last known token."""
         while self.rows.released:
             self.sampling.clear(self.rows.released.pop())
+        if not schedule.admitted:
+            return
         for request in schedule.admitted:
-            row = request.row
-            self.sampling.set(row, request.params, seed=request.seed, stop_ids=request.stop_ids, bad_words=request.bad_words,
-                              grammar=request.grammar)  # fmt: skip
-            self.last_token[row] = int(self.rows.token_ids[row, self.rows.num_tokens[row] - 1])
+            self.sampling.set(request.row, request.params, seed=request.seed, stop_ids=request.stop_ids,
+                              bad_words=request.bad_words, grammar=request.grammar)  # fmt: skip
+        rows = np.array([r.row for r in schedule.admitted])
+        newest = self.rows.token_ids[rows, self.rows.num_tokens[rows] - 1].astype(np.int64)
+        self.last_token[self._index(rows)] = self._index(newest)
 
     def _forward(self, batch: Batch) -> torch.Tensor:
         """Hidden states [T, hidden]."""

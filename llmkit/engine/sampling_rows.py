@@ -40,17 +40,24 @@ class History:
 
 
 class Column:
-    """One parameter of all rows: `host` to decide with, `device` to compute with. On a CPU both are the same memory."""
+    """One parameter of all rows: `host` to decide with, `device` to compute with. On a CPU both are the same memory; a GPU's copy
+    is brought up to date as a whole, when it is next read."""
 
     def __init__(self, num_rows: int, off: float, device: torch.device, dtype: type = np.float32) -> None:
         self.host = np.full(num_rows, off, dtype)
-        shared = torch.from_numpy(self.host)
-        self.device = shared if device.type == "cpu" else shared.to(device)
+        self._device = torch.from_numpy(self.host).to(device)
+        self._stale = False
 
     def __setitem__(self, row: int, value: float) -> None:
         self.host[row] = value
-        if self.device.device.type != "cpu":
-            self.device[row] = value
+        self._stale = self._device.device.type != "cpu"
+
+    @property
+    def device(self) -> torch.Tensor:
+        if self._stale:
+            self._device.copy_(torch.from_numpy(self.host))
+            self._stale = False
+        return self._device
 
 
 @dataclass
