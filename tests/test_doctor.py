@@ -457,7 +457,7 @@ def test_the_list_of_variables_is_whole():
     """Every LLMKIT_* and VLLM_* that the library's code names is known, and the other way round."""
     files = [p for p in (ROOT / "llmkit").rglob("*.py") if "doctor" not in p.parts and p.name != "vllm_options.py"]
     named = {n for p in files for n in re.findall(r"\b(?:LLMKIT|VLLM)_[A-Z][A-Z_]+\b", p.read_text("utf-8"))}
-    assert named | {"LLMKIT_OFFLINE"} == set(variables.KNOWN)
+    assert named == set(variables.KNOWN)
 
 
 def test_every_check_is_a_function_of_no_arguments_with_a_name():

@@ -13,7 +13,7 @@ from llmkit.hub import hub_order
 KNOWN = {
     "LLMKIT_HOME": "folder of llmkit's own cache",
     "LLMKIT_HUBS": "hubs that a plain id is looked up in, in order",
-    "LLMKIT_OFFLINE": "the doctor contacts nobody",
+    "LLMKIT_OFFLINE": "true: nobody is contacted, models come from the disk",
     "LLMKIT_RESULTS": "file that notebook checks and records are added to",
     "LLMKIT_USE_MODELSCOPE": "true: ModelScope alone; false: Hugging Face alone",
     "LLMKIT_WIDGETS": "0: pictures instead of live views",

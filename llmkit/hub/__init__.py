@@ -23,7 +23,7 @@ from llmkit.hub.client import Hub
 from llmkit.hub.faults import Interrupted, Unreachable
 from llmkit.hub.huggingface import HuggingFace
 from llmkit.hub.modelscope import ModelScope
-from llmkit.hub.names import Request, folders_here, hub_order, understand
+from llmkit.hub.names import YES, Request, folders_here, hub_order, understand
 from llmkit.hub.network import Probe
 from llmkit.hub.report import DownloadReport, download_report, remember
 
@@ -64,7 +64,8 @@ def resolve(
     kind, name, quant = understand(os.fspath(model), source)
     root = Path(cache_dir).expanduser() if cache_dir else None
     patterns = (allow_patterns,) if isinstance(allow_patterns, str) else tuple(allow_patterns or ()) or None
-    request = Request(name, revision, root, patterns, quant, local_files_only, update)
+    offline = local_files_only or os.environ.get("LLMKIT_OFFLINE", "").lower() in YES
+    request = Request(name, revision, root, patterns, quant, offline, update)
     folder, report = _find(kind, request)
     remember(replace(report, folder=folder, seconds=time.perf_counter() - start))
     return folder
@@ -99,7 +100,7 @@ def _from_hubs(order: list[str], request: Request, reasons: dict[str, LlmkitErro
     """Ask one hub after the other. A hub that lacks the model, refuses it or fails before the first byte came is passed over;
     one that fails later is not: what came is kept for the next call, and the other hub would begin at zero."""
     if request.local_files_only:
-        raise _not_found(request, reasons, "call once without local_files_only=True")
+        raise _not_found(request, reasons, "call once without local_files_only=True, and with LLMKIT_OFFLINE unset")
     asked = [name for name in order if not CLIENTS[name].offline]
     reasons |= {n: Unreachable("it is switched off (HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE)") for n in order if n not in asked}
     probe = Probe({name: CLIENTS[name].endpoint() for name in asked})

@@ -287,6 +287,15 @@ def test_hugging_face_switched_off_is_not_asked(hf, monkeypatch, variable):
     assert hf.requests == []
 
 
+def test_llmkit_offline_asks_nobody(modelscope, hf, monkeypatch):
+    monkeypatch.setenv("LLMKIT_OFFLINE", "1")
+    with pytest.raises(ModelNotFoundError, match="LLMKIT_OFFLINE"):
+        resolve("org/model")
+    assert modelscope.requests == hf.requests == []
+    monkeypatch.delenv("LLMKIT_OFFLINE")
+    check(resolve("org/model"))
+
+
 def test_the_second_hub_helps_when_the_first_fails_before_the_first_byte(modelscope, hf, no_waiting):
     modelscope.manners.busy_listing = 100
     check(resolve("org/model"))
