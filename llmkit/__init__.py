@@ -6,17 +6,10 @@
 from __future__ import annotations
 
 import importlib
-import os
-import sys
 import time
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-
-if "torch" not in sys.modules and "OMP_WAIT_POLICY" not in os.environ:
-    # GNU OpenMP's idle threads spin for milliseconds by default. When anything else wants a core, each of torch's hundreds of
-    # parallel regions a token then waits for a thread that spins elsewhere: 60 ms a token against 44 with this, 17 when quiet.
-    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 _HOMES = {  # public name -> the module it lives in (PEP 562)
     "LLM": "llmkit.llm",
