@@ -79,6 +79,14 @@ class EngineError(LlmkitError, RuntimeError):
     """A step broke, and this request with it, though somebody else may have caused it; `__cause__` says how."""
 
 
+class EngineUnavailableError(LlmkitError, ConnectionError):
+    """The server's engine process is starting, restarting, or died under this request; asking again soon may work."""
+
+
+class QueueFullError(LlmkitError, RuntimeError):
+    """Too many requests wait already; asking again later will work."""
+
+
 class CheckFailed(LlmkitError, AssertionError):
     """A notebook check (`llmkit.check`) that did not hold."""
 
