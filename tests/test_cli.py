@@ -208,7 +208,7 @@ def test_an_error_is_two_lines_and_exit_code_1(capsys, monkeypatch):
 def test_interrupt_exits_130_without_a_traceback():
     code = ("import sys, time\nfrom llmkit import cli\n"
             "def slow(args): print('loading', flush=True); time.sleep(30)\n"
-            "cli._pull = slow\nsys.exit(cli.main(['pull']))")
+            "cli.models._pull = slow\nsys.exit(cli.main(['pull']))")
     with start(code) as child:
         assert child.stdout is not None
         assert child.stdout.readline() == "loading\n"
@@ -219,7 +219,7 @@ def test_interrupt_exits_130_without_a_traceback():
 
 def test_a_reader_that_leaves_is_no_error():
     code = ("import sys\nfrom llmkit import cli\n"
-            "cli._pull = lambda args: [print('x' * 1000) for _ in range(10_000)] and None\nsys.exit(cli.main(['pull']))")
+            "cli.models._pull = lambda args: [print('x' * 1000) for _ in range(10_000)] and None\nsys.exit(cli.main(['pull']))")
     with start(code) as child:
         assert child.stdout is not None
         assert child.stderr is not None
@@ -258,7 +258,7 @@ def course(tmp_path, monkeypatch):
     nbformat.write(new_notebook(cells=[parameters, new_code_cell(body)]), folder / demo.NOTEBOOK)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(demo.llmkit, "__file__", str(tmp_path / "llmkit" / "__init__.py"))
-    monkeypatch.setenv("PYTHONPATH", str(Path(cli.__file__).parents[1]))
+    monkeypatch.setenv("PYTHONPATH", str(Path(cli.__file__).parents[2]))
     return folder
 
 

@@ -1,4 +1,4 @@
-"""`llmkit pull | list | rm | verify`: what they print. The arguments are declared in llmkit/cli.py."""
+"""`llmkit pull | list | rm | verify`: what they print. The arguments are declared in llmkit/cli/models.py."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from llmkit.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class EngineFacts:
-    """What does not change while an engine lives. folder: the model's files. defaults: its generation_config.json, may be empty."""
+    """What does not change while an engine lives. folder: the model's files. defaults: its generation_config.json; may be {}."""
 
     model: str
     folder: str

@@ -136,7 +136,7 @@ def test_a_command_without_a_view_prints_as_in_the_terminal(shell, capsys, tmp_p
 
 
 def test_an_exit_code_is_an_error(shell, monkeypatch):
-    monkeypatch.setattr("llmkit.cli._verify", lambda args: 1)
+    monkeypatch.setattr("llmkit.cli.models._verify", lambda args: 1)
     with pytest.raises(LlmkitError, match="%llmkit verify ended with exit code 1"):
         shell.run_line_magic("llmkit", "verify")
 
