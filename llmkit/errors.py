@@ -87,6 +87,10 @@ class QueueFullError(LlmkitError, RuntimeError):
     """Too many requests wait already; asking again later will work."""
 
 
+class ServerError(LlmkitError, ConnectionError):
+    """A server that was asked over HTTP is not there, refused, or broke off; `hint` says what to look at."""
+
+
 class CheckFailed(LlmkitError, AssertionError):
     """A notebook check (`llmkit.check`) that did not hold."""
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib.util
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -108,3 +109,15 @@ def dummy_folder(smollm2_folder: Path, tmp_path_factory: pytest.TempPathFactory)
              "num_key_value_heads": 2, "head_dim": 8}  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config | small))
     return folder
+
+
+@pytest.fixture
+def fake_openai() -> Iterator[Any]:
+    """A running OpenAI server that repeats what it is told: tests/fixtures/fake_openai.py."""
+    spec = importlib.util.spec_from_file_location("fake_openai", Path(__file__).parent / "fixtures" / "fake_openai.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    with module.FakeOpenAI() as server:
+        yield server
