@@ -18,6 +18,7 @@ from llmkit.engine.memory import device_used, plan_memory
 from llmkit.errors import ConfigError
 from llmkit.models.config import ModelConfig, read_json
 from llmkit.models.decoder import Decoder
+from llmkit.models.reader import fast_reader
 from llmkit.models.weights import open_weights
 from llmkit.tokenizer import Tokenizer
 
@@ -84,7 +85,7 @@ def start_engine(config: EngineConfig, report: StartupReport | None = None) -> S
         dtype = choose_dtype(config.dtype, model_config.dtype, device)
         used_before = device_used(device)
     with report.stage("weights"):
-        model = _load(config, model_config, folder, dtype, device)
+        model = _load(config, model_config, folder, dtype, device, report)
     with report.stage("KV cache"):
         engine = _build(config, model, dtype, used_before, tokenizer)
     report.facts |= {"model": str(folder), "runs on": ops.describe(device, dtype)}
@@ -115,10 +116,18 @@ def choose_dtype(asked: str, weights: str, device: torch.device) -> torch.dtype:
     return torch.float16
 
 
-def _load(config: EngineConfig, model: ModelConfig, folder: Path, dtype: torch.dtype, device: torch.device) -> Decoder:
+def _load(
+    config: EngineConfig, model: ModelConfig, folder: Path, dtype: torch.dtype, device: torch.device, report: StartupReport
+) -> Decoder:
     weights = open_weights(folder, config.load_format, dtype, config.seed, device)
+    longest = min(config.max_model_len or model.max_position, model.max_position)
     try:
-        return Decoder(model, weights, dtype, device, min(config.max_model_len or model.max_position, model.max_position))
+        reader = fast_reader(weights, device)
+        decoder = Decoder(model, weights, dtype, device, longest, reader)
+        if reader:
+            reader.run()
+            report.facts["weights"] = str(reader)
+        return decoder
     finally:
         weights.close()
 

@@ -16,6 +16,7 @@ from llmkit.layers.mlp import GatedMLP
 from llmkit.layers.norm import RMSNorm
 from llmkit.layers.rotary import RotaryEmbedding
 from llmkit.models.config import ModelConfig
+from llmkit.models.reader import Reader
 from llmkit.models.weights import WeightSource
 
 
@@ -36,13 +37,22 @@ class DecoderLayer:
 
 
 class Decoder:
-    """Embedding, layers, final norm, output matrix. Built straight from a weight source: no empty model is made first."""
+    """Embedding, layers, final norm, output matrix. Built straight from a weight source: no empty model is made first.
+
+    reader: fills the parameters when it is run, after this; without one they are filled here.
+    """
 
     def __init__(
-        self, config: ModelConfig, weights: WeightSource, dtype: torch.dtype, device: torch.device, max_len: int
+        self,
+        config: ModelConfig,
+        weights: WeightSource,
+        dtype: torch.dtype,
+        device: torch.device,
+        max_len: int,
+        reader: Reader | None = None,
     ) -> None:
         self.config, self.device = config, device
-        load = _Loader(config, weights, dtype, device)
+        load = _Loader(config, weights, dtype, device, reader)
         self.rotary = RotaryEmbedding(config.rope, max_len, dtype, device)
         embedding = load.tensor("model.embed_tokens.weight", config.vocab_size, config.hidden_size)
         self.embedding = Embedding(embedding)
@@ -69,29 +79,46 @@ class Decoder:
 class _Loader:
     """Pulls tensors by their checkpoint names, checks their shapes against the config, merges and places them."""
 
-    def __init__(self, config: ModelConfig, weights: WeightSource, dtype: torch.dtype, device: torch.device) -> None:
-        self.config, self.weights, self.dtype, self.device, self.bytes = config, weights, dtype, device, 0
+    def __init__(
+        self, config: ModelConfig, weights: WeightSource, dtype: torch.dtype, device: torch.device, reader: Reader | None
+    ) -> None:
+        self.config, self.weights, self.dtype, self.device, self.reader = config, weights, dtype, device, reader
+        self.bytes = 0
 
     def tensor(self, name: str, *shape: int) -> Tensor:
-        return self._place(self.weights.get(name, shape))
+        return self._merged([name], [shape])
 
     def norm(self, name: str, size: int) -> RMSNorm:
         return RMSNorm(self.tensor(name, size), self.config.norm_eps)
 
     def linear(self, names: list[str], rows: list[int], columns: int, bias: bool, interleaved: bool = False) -> Linear:
         """One matrix from several of `rows` rows each, stacked; or, of two halves, taken row by row in turn."""
-        weight = self._merge([self.weights.get(f"{n}.weight", (r, columns)) for n, r in zip(names, rows)], interleaved)
-        parts = [self.weights.get(f"{n}.bias", (r,)) for n, r in zip(names, rows)] if bias else None
-        return Linear(weight, self._merge(parts, interleaved) if parts else None)
+        weight = self._merged([f"{n}.weight" for n in names], [(r, columns) for r in rows], interleaved)
+        return Linear(weight, self._merged([f"{n}.bias" for n in names], [(r,) for r in rows], interleaved) if bias else None)
 
-    def _merge(self, parts: list[Tensor], interleaved: bool) -> Tensor:
+    def _merged(self, names: list[str], shapes: list[tuple[int, ...]], interleaved: bool = False) -> Tensor:
+        placed = (self._queued if self.reader else self._copied)(names, shapes, interleaved)
+        self.bytes += placed.nbytes
+        return placed
+
+    def _copied(self, names: list[str], shapes: list[tuple[int, ...]], interleaved: bool) -> Tensor:
+        parts = [self.weights.get(name, shape) for name, shape in zip(names, shapes)]
         merged = parts[0] if len(parts) == 1 else torch.cat([p.to(self.dtype) for p in parts])
-        placed = self._place(merged)
+        placed = merged.to(self.device, self.dtype)
         return torch.stack(placed.chunk(2), dim=1).flatten(0, 1) if interleaved else placed
 
-    def _place(self, tensor: Tensor) -> Tensor:
-        placed = tensor.to(self.device, self.dtype)
-        self.bytes += placed.numel() * placed.element_size()
+    def _queued(self, names: list[str], shapes: list[tuple[int, ...]], interleaved: bool) -> Tensor:
+        """Memory that the reader will fill: each file's tensor has its slice of it."""
+        assert self.reader is not None  # the caller has looked
+        rows = [shape[0] for shape in shapes]
+        placed = torch.empty(sum(rows), *shapes[0][1:], dtype=self.dtype, device=self.device)
+        if interleaved:
+            halves = placed.view(-1, 2, *placed.shape[1:]).transpose(0, 1)
+            slices = [halves] if len(names) == 1 else list(halves)
+        else:
+            slices = placed.split(rows)
+        for name, shape, target in zip(names, shapes, slices):
+            self.reader.read(name, shape, target)
         return placed
 
     def layer(self, i: int) -> DecoderLayer:

@@ -109,13 +109,22 @@ class SafetensorsSource:
         return name in self._where
 
     def get(self, name: str, shape: tuple[int, ...] | None = None) -> torch.Tensor:
+        file, entry = self._checked(name, shape)
+        return self._view(file, entry, self._dtype(name, file, entry))
+
+    def locate(self, name: str, shape: tuple[int, ...] | None = None) -> tuple[Path, int, torch.dtype]:
+        """Where the tensor lies: its file, its first byte there, its dtype. Errors as of `get`."""
+        file, entry = self._checked(name, shape)
+        return file, entry.start, self._dtype(name, file, entry)
+
+    def _checked(self, name: str, shape: tuple[int, ...] | None) -> tuple[Path, Entry]:
         file, entry = self._find(name)
         if shape is not None and entry.shape != tuple(shape):
             raise WeightsError(
                 f"{file}: tensor {name!r} has shape {list(entry.shape)}, config.json asks for {list(shape)}",
                 "config.json and the weights are of two different models; download both again",
             )
-        return self._view(file, entry, self._dtype(name, file, entry))
+        return file, entry
 
     def close(self) -> None:
         self._mapped.clear()
