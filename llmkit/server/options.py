@@ -13,7 +13,7 @@ REASONING_PARSERS = ("think", "deepseek_r1", "qwen3")  # three of vLLM's names f
 
 
 def option(default: Any, help: str, choices: tuple[str, ...] | None = None, at_least: float | None = None) -> Any:
-    """A dataclass field that carries its help text, its allowed values and its lower bound; tuples are flags given several times."""
+    """A dataclass field with its help text, its allowed values and its lower bound. A tuple is a flag given several times."""
     return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "at_least": at_least})
 
 
@@ -30,9 +30,11 @@ class ServerOptions:
     root_path: str = option("", "path under which a reverse proxy shows the server")
     chat_template: str | None = option(None, "chat template: a file, a Jinja text, or the name of one of the model's")
     chat_template_content_format: str = option("auto", "how templates get content", ("auto", "string", "openai"))
-    trust_request_chat_template: bool = option(True, "whether a request may bring its own chat template (they run sandboxed)")
+    trust_request_chat_template: bool = option(False, "whether a request may bring its own chat template")
     generation_config: str = option("auto", "default sampling parameters: the model's own or none", ("auto", "none"))
-    override_generation_config: dict[str, Any] | None = option(None, "default sampling parameters on top of these, as JSON")
+    override_generation_config: dict[str, Any] | None = dataclasses.field(
+        default=None, metadata={"help": "default sampling parameters on top of these, as JSON", "choices": None, "at_least": None}
+    )
     enable_auto_tool_choice: bool = option(True, "whether tool_choice=auto looks for tool calls in the answer")
     tool_call_parser: str | None = option(None, "format of tool calls; by default read from the chat template", TOOL_PARSERS)
     reasoning_parser: str | None = option(
@@ -43,7 +45,7 @@ class ServerOptions:
     request_timeout: float | None = option(None, "longest a request may take in all", at_least=0.001)
     keep_alive_interval: float = option(15.0, "silence after which a stream gets an SSE comment", at_least=0.01)
     retry_after: int = option(5, "what Retry-After says in a 503", at_least=0)
-    max_body_bytes: int = option(32 * 1024 * 1024, "longest request body", at_least=1)
+    max_body_bytes: int = option(16 * 1024 * 1024, "longest request body", at_least=1)
     enable_docs: bool = option(True, "whether /docs and /openapi.json are there")
     enable_page: bool = option(True, "whether the chat page is at /")
     return_tokens_as_token_ids: bool = option(False, "write tokens in logprobs as token_id:N")
