@@ -119,15 +119,18 @@ class Job:
         self._send(answer)
 
     def _send(self, answer: Answer) -> None:
-        if self.notify is None:
-            return
+        if self.notify is not None:
+            self.notify(self.piece(answer))
+
+    def piece(self, answer: Answer) -> StreamChunk:
+        """What has not been sent of this answer yet."""
         logprobs = None
         if self.params.logprobs is not None:
             logprobs = answer.request.logprobs[answer.num_sent_logprobs :]
             answer.num_sent_logprobs = len(answer.request.logprobs)
         chunk = StreamChunk(answer.new_text, answer.new_tokens, answer.index, answer.request.finish_reason, logprobs, self.output)
         answer.new_text, answer.new_tokens = "", []
-        self.notify(chunk)
+        return chunk
 
     def output(self) -> RequestOutput:
         """Everything so far."""

@@ -197,6 +197,16 @@ class SamplingParams:
         return dataclasses.replace(self, **changes)
 
 
+def check_token_ids(params: SamplingParams, vocab_size: int) -> None:
+    """Raise InvalidRequestError when logit_bias or allowed_token_ids name a token the model does not have."""
+    for name in ("logit_bias", "allowed_token_ids"):
+        wrong = [t for t in getattr(params, name) or () if not 0 <= t < vocab_size]
+        if wrong:
+            raise InvalidRequestError(
+                f"{name} names token {wrong[0]}, which the model does not have", f"ids go from 0 to {vocab_size - 1}", param=name
+            )
+
+
 _refusing(StructuredOutputs, "structured_outputs", vllm_options.STRUCTURED)
 _refusing(SamplingParams, "SamplingParams", vllm_options.SAMPLING)
 StructuredOutputsParams = GuidedDecodingParams = StructuredOutputs  # vLLM's names for it, now and before 0.12

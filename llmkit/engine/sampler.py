@@ -16,10 +16,10 @@ from dataclasses import dataclass, fields
 import numpy as np
 import torch
 
-from llmkit.engine.sampling_rows import History, SamplingRows, TokenLists, check_token_ids
+from llmkit.engine.sampling_rows import History, SamplingRows, TokenLists
 from llmkit.outputs import Logprob
 
-__all__ = ["History", "SampledTokens", "Sampler", "SamplingRows", "TopLogprobs", "check_token_ids", "top_logprobs", "uniforms"]
+__all__ = ["History", "SampledTokens", "Sampler", "SamplingRows", "TopLogprobs", "top_logprobs", "uniforms"]
 
 NO_TOKEN = -1  # nothing may follow (all masked), or the model said NaN
 _ONE = 2.0**40  # the integer weight of probability 1

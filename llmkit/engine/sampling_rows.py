@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from llmkit.errors import InvalidRequestError
-from llmkit.sampling_params import SamplingParams
+from llmkit.sampling_params import SamplingParams, check_token_ids
 
 if TYPE_CHECKING:
     from llmkit.engine.grammar import Grammar
@@ -146,16 +145,6 @@ class SamplingRows:
             now = used.get(feature, False)
             self._live[feature] += int(now) - int(flags[row])
             flags[row] = now
-
-
-def check_token_ids(params: SamplingParams, vocab_size: int) -> None:
-    """Raise InvalidRequestError when logit_bias or allowed_token_ids name a token the model does not have."""
-    for name in ("logit_bias", "allowed_token_ids"):
-        wrong = [t for t in getattr(params, name) or () if not 0 <= t < vocab_size]
-        if wrong:
-            raise InvalidRequestError(
-                f"{name} names token {wrong[0]}, which the model does not have", f"ids go from 0 to {vocab_size - 1}", param=name
-            )
 
 
 def _token_lists(
