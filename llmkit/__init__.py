@@ -20,6 +20,7 @@ _HOMES = {  # public name -> the module it lives in (PEP 562)
     "RequestOutput": "llmkit.outputs",
     "CompletionOutput": "llmkit.outputs",
     "StreamChunk": "llmkit.outputs",
+    "EmbeddingOutput": "llmkit.outputs",
     "EngineConfig": "llmkit.config",
     "LlmkitError": "llmkit.errors",
     "download": "llmkit.hub",
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from llmkit.notebook.checks import record as record
     from llmkit.notebook.source import show_source as show_source
     from llmkit.outputs import CompletionOutput as CompletionOutput
+    from llmkit.outputs import EmbeddingOutput as EmbeddingOutput
     from llmkit.outputs import RequestOutput as RequestOutput
     from llmkit.outputs import StreamChunk as StreamChunk
     from llmkit.sampling_params import GuidedDecodingParams as GuidedDecodingParams

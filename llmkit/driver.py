@@ -9,15 +9,18 @@ from __future__ import annotations
 import gc
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
+from llmkit.embedding import EmbeddingJob
 from llmkit.engine.engine import Engine, StepOutput
 from llmkit.engine.request import Request
 from llmkit.engine.start import Started
 from llmkit.errors import EngineClosedError, EngineError, LlmkitError
 from llmkit.interrupt import interrupt_afterwards
 from llmkit.job import Job
+
+AnyJob = Job | EmbeddingJob
 
 
 class FairLock:
@@ -49,7 +52,7 @@ class Driver:
         self._started: Started | None = started
         self.closed = False
         self._lock = FairLock()
-        self._jobs: dict[Request, Job] = {}
+        self._jobs: dict[Request, AnyJob] = {}
         self._in_background: set[Request] = set()
         self._mail: deque[Callable[[], None]] = deque()
         self._thread: threading.Thread | None = None
@@ -77,7 +80,7 @@ class Driver:
 
     # ---- jobs
 
-    def submit(self, jobs: list[Job], in_background: bool = False) -> None:
+    def submit(self, jobs: Sequence[AnyJob], in_background: bool = False) -> None:
         """Queue jobs for the next step. in_background: a thread shall step them, for nobody else does."""
         self._mail.append(lambda: self._add(jobs, in_background))
         if self.closed:  # looked at after posting, and close() reads the mail after it is set: one of the two sees the other
@@ -86,7 +89,7 @@ class Driver:
             self._start_thread()
             self._wake.set()
 
-    def _add(self, jobs: list[Job], in_background: bool) -> None:
+    def _add(self, jobs: Sequence[AnyJob], in_background: bool) -> None:
         for job in jobs:
             self._jobs |= dict.fromkeys(job.requests, job)
             if in_background:
@@ -94,13 +97,13 @@ class Driver:
             for request in job.requests:
                 self._engine.add(request)
 
-    def leave(self, job: Job) -> None:
+    def leave(self, job: AnyJob) -> None:
         """End this job before the next step; nobody waits for it."""
         if not job.finished:
             self._mail.append(lambda: self._end([job]))
             self._wake.set()
 
-    def abort(self, jobs: list[Job]) -> None:
+    def abort(self, jobs: Sequence[AnyJob]) -> None:
         """End what still runs of these jobs; their blocks are free when this returns."""
         with interrupt_afterwards(), self._lock:
             if not self.closed:
@@ -114,7 +117,7 @@ class Driver:
             raise _closed()
         return self._started.engine
 
-    def _end(self, jobs: Iterable[Job], error: LlmkitError | None = None) -> None:
+    def _end(self, jobs: Iterable[AnyJob], error: LlmkitError | None = None) -> None:
         running = [r for job in jobs for r in job.requests if not r.finished]
         self._engine.abort(running)
         self._settle(running, error)

@@ -5,25 +5,27 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import inspect
+import itertools
 import sys
 import time
 import weakref
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import llmkit
 from llmkit.chat import is_batch_of_conversations, is_conversation, render_chat
 from llmkit.config import DEFAULT_MODEL, EngineConfig
-from llmkit.driver import Driver
+from llmkit.driver import AnyJob, Driver
+from llmkit.embedding import EmbeddingJob, check_pooling
 from llmkit.engine.engine import Engine
 from llmkit.engine.memory import MemoryPlan
 from llmkit.engine.start import Started, StartupReport, start_engine
 from llmkit.errors import InvalidRequestError
 from llmkit.job import Job
-from llmkit.outputs import RequestOutput, RequestOutputs, StreamChunk
+from llmkit.outputs import EmbeddingOutput, RequestOutput, RequestOutputs, StreamChunk
 from llmkit.progress import generation_progress, in_notebook
 from llmkit.prompts import Prompt, RequestBuilder, as_list
 from llmkit.sampling_params import SamplingParams
@@ -33,6 +35,7 @@ from llmkit.vllm_options import reject_vllm_options
 Params = SamplingParams | Sequence[SamplingParams] | None
 Message = dict[str, Any]
 GENERATE_OPTIONS = ("prompts", "sampling_params", "use_tqdm", "priority", "prompt_token_ids")
+EMBED_OPTIONS = ("prompts", "pooling", "normalize", "use_tqdm")
 CHAT_OPTIONS = ("chat_template", "tools", "add_generation_prompt", "continue_final_message", "chat_template_kwargs")
 
 
@@ -184,6 +187,51 @@ class LLM:
         finally:
             driver.leave(job)
 
+    def embed(
+        self, prompts: Prompt | Sequence[Prompt], pooling: str = "last", normalize: bool = True, use_tqdm: bool = True,
+        **vllm_options: Any,
+    ) -> list[EmbeddingOutput]:  # fmt: skip
+        """One vector of the hidden size for each prompt, from the states behind the final norm; nothing is generated.
+
+        pooling: "last", the state of the last token, or "mean", of all. normalize: to length 1, so that the dot product of two is
+        their cosine. A prompt may fill the whole context.
+        """
+        reject_vllm_options(vllm_options, "embed()", EMBED_OPTIONS)
+        jobs = self._embedding_jobs(prompts, pooling, normalize)
+        try:
+            self._step_until_done(jobs, use_tqdm)
+        except BaseException:
+            self._driver.abort(jobs)
+            raise
+        return [j.output() for j in jobs]
+
+    async def aembed(
+        self, prompts: Prompt | Sequence[Prompt], pooling: str = "last", normalize: bool = True
+    ) -> list[EmbeddingOutput]:
+        """`embed` for async code. Cancelling aborts it."""
+        jobs, driver = self._embedding_jobs(prompts, pooling, normalize), self._driver
+        loop, ended, count = asyncio.get_running_loop(), asyncio.Event(), itertools.count(1)
+
+        def notify() -> None:
+            if next(count) == len(jobs):
+                with suppress(RuntimeError):  # the loop was closed, so nobody waits any more
+                    loop.call_soon_threadsafe(ended.set)
+
+        for job in jobs:
+            job.notify = notify
+        try:
+            driver.submit(jobs, in_background=True)
+            await ended.wait()
+            _raise_errors(jobs)
+        finally:
+            for job in jobs:
+                driver.leave(job)
+        return [j.output() for j in jobs]
+
+    def _embedding_jobs(self, prompts: Prompt | Sequence[Prompt], pooling: str, normalize: bool) -> list[EmbeddingJob]:
+        check_pooling(pooling)
+        return [EmbeddingJob(text, request, normalize) for text, request in self._builder.build_pooled(as_list(prompts), pooling)]
+
     def step_through(self, prompts: Prompt | Sequence[Prompt], sampling_params: Params = None) -> Iterator[StepView]:
         """Run these prompts one engine step at a time, for looking: each step's batch, block tables and tokens."""
         return self._step_through(self._jobs(as_list(prompts), sampling_params))
@@ -287,7 +335,12 @@ class LLM:
 
     def _finish(self, jobs: list[Job], show_progress: bool) -> list[RequestOutput]:
         """Step until these jobs are done."""
-        with self._partial_if_it_breaks(jobs), generation_progress(len(jobs), show_progress) as bar:
+        with self._partial_if_it_breaks(jobs):
+            self._step_until_done(jobs, show_progress)
+        return RequestOutputs(j.output() for j in jobs)
+
+    def _step_until_done(self, jobs: Sequence[AnyJob], show_progress: bool) -> None:
+        with generation_progress(len(jobs), show_progress) as bar:
             self._driver.submit(jobs)
             begin, before, first = time.monotonic(), self._engine.num_generated_tokens, 0
             while first < len(jobs):
@@ -297,7 +350,6 @@ class LLM:
                     speed = (self._engine.num_generated_tokens - before) / max(1e-9, time.monotonic() - begin)
                     bar.show(first + sum(j.finished for j in jobs[first:]), speed)
             _raise_errors(jobs)
-        return RequestOutputs(j.output() for j in jobs)
 
     @contextmanager
     def _partial_if_it_breaks(self, jobs: list[Job]) -> Iterator[None]:
@@ -310,11 +362,11 @@ class LLM:
             raise
 
 
-def _next_unfinished(jobs: list[Job], start: int) -> int:
+def _next_unfinished(jobs: Sequence[AnyJob], start: int) -> int:
     return next((i for i in range(start, len(jobs)) if not jobs[i].finished), len(jobs))
 
 
-def _raise_errors(jobs: list[Job]) -> None:
+def _raise_errors(jobs: Sequence[AnyJob]) -> None:
     """What ended a job from outside is raised where its answer is awaited."""
     for job in jobs:
         if job.error is not None:

@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from html import escape
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 @dataclass(slots=True)
@@ -88,6 +92,30 @@ class RequestOutput:
 
     def _repr_html_(self) -> str:
         return _table([self])
+
+
+@dataclass(repr=False)
+class EmbeddingOutput:
+    """A prompt and its vector. embedding: float32 [hidden size]."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    embedding: np.ndarray
+    num_cached_tokens: int = 0
+    metrics: RequestMetrics | None = None
+
+    @property
+    def outputs(self) -> EmbeddingOutput:
+        """vLLM's spelling: `output.outputs.embedding`."""
+        return self
+
+    def __repr__(self) -> str:
+        few = ", ".join(f"{x:.4f}" for x in self.embedding[:4])
+        return (
+            f"EmbeddingOutput(request_id={self.request_id!r}, prompt={_shortened(self.prompt, 200)!r}, "
+            f"embedding=[{few}, ... {len(self.embedding):,} in all])"
+        )
 
 
 class RequestOutputs(list[RequestOutput]):

@@ -20,6 +20,7 @@ Prompt = str | Sequence[int] | Mapping[str, Any]
 
 
 _DICT_KEYS = ("prompt", "prompt_token_ids")
+_NO_SAMPLING = SamplingParams(temperature=0.0)
 
 
 def as_list(prompts: Any) -> list[Prompt]:
@@ -96,14 +97,26 @@ class RequestBuilder:
         priority: int | Sequence[int] | None = 0, add_special_tokens: bool = True,
     ) -> list[tuple[str | None, list[Request]]]:  # fmt: skip
         """For each prompt its text and its n requests, the first of which the others are forks of."""
+        encoded = self._encode(prompts, add_special_tokens)
+        each, ranks = self._params(params, len(encoded)), self._priorities(priority, len(encoded))
+        grammars = self._grammars(each)
+        return [(n, self._requests(t, p, r, grammars)) for (n, t), p, r in zip(encoded, each, ranks)]
+
+    def build_pooled(self, prompts: Sequence[Prompt], pooling: str) -> list[tuple[str | None, Request]]:
+        """For each prompt its text and a request that ends with a vector."""
+        built: list[tuple[str | None, Request]] = []
+        for text, tokens in self._encode(prompts, add_special_tokens=True):
+            self._check_length(tokens, self._max_len, "it")
+            name, ids = f"emb-{next(self._ids)}", np.array(tokens, np.int32)
+            built.append((text, Request(name, ids, _NO_SAMPLING, max_total=len(ids), pooling=pooling)))
+        return built
+
+    def _encode(self, prompts: Sequence[Prompt], add_special_tokens: bool) -> list[tuple[str | None, list[int]]]:
+        """The text, where it is known, and the token ids of each prompt."""
         plain = [_unwrap(p) for p in prompts]
         texts = [p for p in plain if isinstance(p, str)]
         encoded = iter(self._tokenizer.encode_batch(texts, add_special_tokens))
-        tokens = [next(encoded) if isinstance(p, str) else self._token_ids(p.ids) for p in plain]
-        names = [p if isinstance(p, str) else p.text for p in plain]
-        each, ranks = self._params(params, len(tokens)), self._priorities(priority, len(tokens))
-        grammars = self._grammars(each)
-        return [(n, self._requests(t, p, r, grammars)) for n, t, p, r in zip(names, tokens, each, ranks)]
+        return [(p, next(encoded)) if isinstance(p, str) else (p.text, self._token_ids(p.ids)) for p in plain]
 
     def _token_ids(self, ids: Sequence[int]) -> list[int]:
         bad = next((t for t in ids if not 0 <= int(t) < self._vocab_size), None)
@@ -153,13 +166,7 @@ class RequestBuilder:
         return requests
 
     def _check(self, tokens: list[int], params: SamplingParams) -> None:
-        if not tokens:
-            raise InvalidRequestError("the prompt is empty", "give at least one character or one token id", param="prompt")
-        if len(tokens) >= self._max_len:
-            raise InvalidRequestError(
-                f"the prompt has {len(tokens)} tokens, and with at least one answer token it must fit {self._max_len} of context",
-                f"shorten it, or load the model with max_model_len > {len(tokens)}", param="prompt",
-            )  # fmt: skip
+        self._check_length(tokens, self._max_len - 1, "with at least one answer token it")
         limit = self._config.max_logprobs
         for name in ("logprobs", "prompt_logprobs"):
             asked = getattr(params, name)
@@ -167,6 +174,15 @@ class RequestBuilder:
                 raise InvalidRequestError(f"{name}={asked} is more than this engine's max_logprobs={limit}",
                                           f"load the model with max_logprobs={asked}", param=name)  # fmt: skip
         check_token_ids(params, self._vocab_size)
+
+    def _check_length(self, tokens: list[int], most: int, what: str) -> None:
+        if not tokens:
+            raise InvalidRequestError("the prompt is empty", "give at least one character or one token id", param="prompt")
+        if len(tokens) > most:
+            raise InvalidRequestError(
+                f"the prompt has {len(tokens)} tokens, and {what} must fit {self._max_len} of context",
+                f"shorten it, or load the model with max_model_len > {len(tokens)}", param="prompt",
+            )  # fmt: skip
 
     def _grammars(self, each: list[SamplingParams]) -> dict[int, Grammar]:
         """id(params) -> what its answers must belong to; compiled once for all prompts that share the params."""

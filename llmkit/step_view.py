@@ -69,6 +69,8 @@ def view_step(engine: Engine, output: StepOutput, tokenizer: Tokenizer) -> StepV
     """Describe a step that has just run."""
     batch, sampled = output.batch, dict(zip(output.requests, output.token_ids.tolist()))
     by_row = dict(zip(batch.rows[batch.sampled].tolist(), output.requests))
+    if output.pooled is not None:
+        by_row |= zip(output.pooled.rows, output.pooled.requests)
     sequences = [_view_sequence(engine, output, i, by_row, sampled, tokenizer) for i in range(len(batch.rows))]
     return StepView(
         step=engine.num_steps,

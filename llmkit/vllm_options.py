@@ -8,6 +8,8 @@ from typing import Any
 from llmkit.errors import reject_unknown
 
 _NO_ADAPTERS = "not available: merge the adapter into the model first"
+_GENERATES = "llmkit generates text, and embeds it (LLM.embed)"
+_POOLING = "say it in the call: embed(prompts, pooling=, normalize=)"
 _TEXT_ONLY = "llmkit runs text models only"
 _STRUCTURED = "drop it: structured output is always made by llguidance, and chosen with SamplingParams(structured_outputs=...)"
 _ONE_DEVICE = "not available: this engine runs on one device, in the caller's process"
@@ -22,7 +24,7 @@ ENGINE: dict[str, tuple[tuple[Any, ...], str]] = {
     "attention_backend": ((None,), "drop the option: the fastest that is installed is taken"),
     "compilation_config": ((None,), "drop the option; enforce_eager=True switches graphs off"),
     "config_format": (("auto", "hf", None), "a model folder needs a Hugging Face config.json"),
-    "convert": (("auto", "none", None), "llmkit generates text only"),
+    "convert": (("auto", "none", "embed", None), _GENERATES),
     "cpu_offload_gb": ((0, None), "not available; a smaller dtype or a quantised model needs less memory"),
     "data_parallel_size": ((1, None), "start one engine per GPU"),
     "disable_async_output_proc": ((True, False, None), "drop the option"),
@@ -56,20 +58,20 @@ ENGINE: dict[str, tuple[tuple[Any, ...], str]] = {
     "num_scheduler_steps": ((1, None), "drop the option: every step is scheduled"),
     "num_speculative_tokens": ((None,), _NO_SPECULATION),
     "override_generation_config": ((None, {}), "give SamplingParams to the call instead"),
-    "override_pooler_config": ((None,), "llmkit generates text only"),
+    "override_pooler_config": ((None,), _POOLING),
     "pipeline_parallel_size": ((1, None), _ONE_DEVICE),
-    "pooler_config": ((None,), "llmkit generates text only"),
+    "pooler_config": ((None,), _POOLING),
     "preemption_mode": (("recompute", None), "preempted requests are recomputed, never swapped; drop the option"),
     "quantization_param_path": ((None,), "not available: the KV cache has the model's dtype"),
     "rope_scaling": ((None, {}), "write it into the model's config.json"),
     "rope_theta": ((None,), "write it into the model's config.json"),
-    "runner": (("auto", "generate", None), "llmkit generates text only"),
+    "runner": (("auto", "generate", "pooling", None), _GENERATES),
     "skip_tokenizer_init": ((False, None), "not available; SamplingParams(detokenize=False) makes no text"),
     "speculative_config": ((None,), _NO_SPECULATION),
     "speculative_model": ((None,), _NO_SPECULATION),
     "structured_outputs_config": ((None, {}), _STRUCTURED),
     "swap_space": ((0, 4, None), "preempted requests are recomputed, never swapped; drop the option"),
-    "task": (("auto", "generate", None), "llmkit generates text only"),
+    "task": (("auto", "generate", "embed", "embedding", None), _GENERATES),
     "tokenizer_mode": (("auto", None), "the fast tokenizer is used whenever the model has one; drop the option"),
     "tokenizer_pool_size": ((0, None), "drop the option"),
     "tokenizer_revision": ((None,), "the tokenizer comes with the model: revision= covers both"),
@@ -84,6 +86,7 @@ CALL: dict[str, tuple[tuple[Any, ...], str]] = {
     "mm_processor_kwargs": ((None, {}), _TEXT_ONLY),
     "multi_modal_data": ((None, {}), _TEXT_ONLY),
     "multi_modal_uuids": ((None, {}), _TEXT_ONLY),
+    "pooling_params": ((None,), "say it in the call: embed(prompts, pooling=, normalize=)"),
     "prompt_adapter_request": ((None,), _NO_ADAPTERS),
     "prompt_embeds": ((None,), "give text or token ids"),
     "return_assistant_tokens_mask": ((False,), "drop it"),

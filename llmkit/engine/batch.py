@@ -15,7 +15,7 @@ class Batch:
 
     rows: int64 [S]. num_new: int32 [S], tokens of each. context_lens: int32 [S], keys after the step. cu_seqlens: int64 [S+1].
     input_ids, positions, slot_mapping: int64 [T]. block_tables: int32 [S, most blocks any holds].
-    sampled: int64 [R], which of the S sequences get a token in this step (all but unfinished prompts).
+    sampled: int64 [R], which of the S sequences get a token in this step (all but unfinished prompts and embeddings).
     """
 
     rows: np.ndarray
@@ -81,6 +81,6 @@ def build_batch(rows: Rows, chosen: np.ndarray, num_new: np.ndarray, num_decodes
         positions=positions,
         slot_mapping=block * rows.block_size + positions % rows.block_size,
         block_tables=rows.block_table[chosen, : int(rows.num_blocks[chosen].max())],
-        sampled=np.flatnonzero(context == rows.num_tokens[chosen]),
+        sampled=np.flatnonzero((context == rows.num_tokens[chosen]) & ~rows.pooled[chosen]),
         num_decodes=num_decodes,
     )

@@ -13,6 +13,7 @@ import torch
 from llmkit.engine.batch import Batch, build_batch
 from llmkit.engine.kv_cache import BlockPool
 from llmkit.engine.memory import MemoryPlan
+from llmkit.engine.pooling import Pooled
 from llmkit.engine.request import Request, Status
 from llmkit.engine.rows import Rows
 from llmkit.engine.runner import StepResult, create_runner
@@ -23,13 +24,15 @@ from llmkit.models.decoder import Decoder
 
 @dataclass
 class StepOutput:
-    """What one step did. requests got one token each, token_ids int64 [R] in the same order; finished are those that ended."""
+    """What one step did. requests got one token each, token_ids int64 [R] in the same order; finished are those that ended.
+    pooled: those among them that got an embedding, and the rows they had."""
 
     schedule: Schedule
     batch: Batch
     requests: list[Request]
     token_ids: np.ndarray
     finished: list[Request] = field(default_factory=list)
+    pooled: Pooled | None = None
 
 
 @dataclass
@@ -137,18 +140,28 @@ class Engine:
         for request, top in result.prompt_logprobs:
             k = request.params.prompt_logprobs or 0
             request.prompt_logprobs += [top.row(i, k, self.token_text) for i in range(len(top.ranks))]
+        embedded = self._keep_embeddings(result)
         if result.sampled is None:
-            return StepOutput(schedule, batch, [], np.empty(0, np.int64))
+            return StepOutput(schedule, batch, [], np.empty(0, np.int64), embedded, result.pooled)
         rows, token_ids, requests = batch.rows[batch.sampled], result.sampled.to_host(), flight.requests
         if self._flying is not None:
             self._flying.batch.learn(rows, token_ids)
         if any(r.finished for r in requests):  # aborted, or ended by the token before, while this step was under way
             alive = [i for i, r in enumerate(requests) if not r.finished]
             rows, token_ids, requests = rows[alive], token_ids[alive], [requests[i] for i in alive]
-        output = StepOutput(schedule, batch, requests, token_ids)
+        output = StepOutput(schedule, batch, requests, token_ids, embedded, result.pooled)
         self._keep_logprobs(output, result)
         self._append(rows, token_ids, output)
         return output
+
+    def _keep_embeddings(self, result: StepResult) -> list[Request]:
+        """The requests that end with their vector."""
+        if result.pooled is None:
+            return []
+        result.pooled.keep()
+        for request in result.pooled.requests:
+            self.scheduler.finish(request, "stop")
+        return list(result.pooled.requests)
 
     def _keep_logprobs(self, output: StepOutput, result: StepResult) -> None:
         top = result.sampled.logprobs if result.sampled else None

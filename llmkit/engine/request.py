@@ -13,6 +13,8 @@ from llmkit.outputs import Logprob, RequestMetrics
 from llmkit.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from llmkit.engine.grammar import Grammar
 
 
@@ -32,6 +34,7 @@ class Request:
     prompt: int32 [P]. generated: int32 [G], what was generated before the row was last given up; while the request runs, its
     row holds the truth (see `Rows`). stop_ids: ids that end it, eos among them unless ignored. max_total: longest prompt +
     answer in tokens. blocks: its block table. hashes: chain of hashes of its full blocks.
+    pooling: "last" or "mean" if it wants no tokens but a vector, `embedding` fp32 [hidden]; hidden_sum: of a mean under way.
     """
 
     id: str
@@ -44,6 +47,7 @@ class Request:
     max_total: int = 0
     priority: int = 0
     arrival: int = 0
+    pooling: str | None = None
     fork_of: Request | None = None
     forks: list[Request] = field(default_factory=list)
 
@@ -57,6 +61,8 @@ class Request:
     stop_reason: int | None = None
     logprobs: list[dict[int, Logprob]] = field(default_factory=list)
     prompt_logprobs: list[dict[int, Logprob] | None] = field(default_factory=list)
+    hidden_sum: Tensor | None = None
+    embedding: np.ndarray | None = None
     metrics: RequestMetrics = field(default_factory=lambda: RequestMetrics(arrival_time=time.monotonic()))
 
     def __post_init__(self) -> None:

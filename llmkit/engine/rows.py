@@ -12,6 +12,7 @@ class Rows:
 
     token_ids: int32 [rows, max_len], prompt then generated. num_prompt, num_tokens (known), num_computed (in the KV cache),
     num_blocks (held), max_total (where generation must end): int32 [rows]. block_table: int32 [rows, max_blocks].
+    pooled: bool [rows], those that want a vector and no tokens.
     stop_ids: int32 [rows, width], padded with -1; `stop_from` int32 [rows]: no stop id counts before this length.
     """
 
@@ -28,6 +29,7 @@ class Rows:
         self.num_blocks = np.zeros(num_rows, np.int32)
         self.num_hashed = np.zeros(num_rows, np.int32)
         self.max_total = np.zeros(num_rows, np.int32)
+        self.pooled = np.zeros(num_rows, bool)
         self.block_table = np.zeros((num_rows, -(-max_len // block_size)), np.int32)
         self.stop_ids = np.full((num_rows, 4), -1, np.int32)
         self.stop_from = np.zeros(num_rows, np.int32)
@@ -45,6 +47,7 @@ class Rows:
         self.num_prompt[row], self.num_tokens[row] = len(request.prompt), len(tokens)
         self.num_computed[row] = self.num_blocks[row] = self.num_hashed[row] = 0
         self.max_total[row] = request.max_total
+        self.pooled[row] = request.pooling is not None
         self._set_stop_ids(row, request)
         request.row = row
         return row

@@ -11,6 +11,7 @@ import torch
 from llmkit import ops
 from llmkit.attention import create_backend
 from llmkit.engine.batch import Batch
+from llmkit.engine.pooling import Pooled, pool
 from llmkit.engine.request import Request
 from llmkit.engine.rows import Rows
 from llmkit.engine.sampler import History, SampledTokens, Sampler, SamplingRows, TopLogprobs, top_logprobs
@@ -22,10 +23,12 @@ _LOGIT_ROWS = 256  # prompt logprobs: logits of at most so many positions at a t
 
 @dataclass
 class StepResult:
-    """sampled: one token for each of batch.sampled, None when there are none. prompt_logprobs: (request, its next positions)."""
+    """sampled: one token for each of batch.sampled, None when there are none. prompt_logprobs: (request, its next positions).
+    pooled: embeddings that are complete."""
 
     sampled: SampledTokens | None
     prompt_logprobs: list[tuple[Request, TopLogprobs]]
+    pooled: Pooled | None = None
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -68,10 +71,11 @@ class Runner:
         self._load_rows(schedule)
         hidden = self._forward(batch)
         asked = self._prompt_logprobs(batch, hidden)
+        pooled = pool(batch, hidden, self.rows)
         if not batch.sampled.size:
-            return StepResult(None, asked)
+            return StepResult(None, asked, pooled)
         logits = self.model.logits(hidden[self._index(batch.last_tokens)])
-        return StepResult(self._choose(logits, batch), asked)
+        return StepResult(self._choose(logits, batch), asked, pooled)
 
     def _choose(self, logits: torch.Tensor, batch: Batch) -> SampledTokens:
         """One token for each of batch.sampled from float32 [R, V]."""

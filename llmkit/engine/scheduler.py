@@ -100,7 +100,7 @@ class Scheduler:
             new = np.concatenate((new, admitted)).astype(np.int32)
         if not rows.size:
             return None
-        decoding = (new == 1) & (self.rows.num_computed[rows] + 1 == self.rows.num_tokens[rows])
+        decoding = (new == 1) & (self.rows.num_computed[rows] + 1 == self.rows.num_tokens[rows]) & ~self.rows.pooled[rows]
         order = np.argsort(~decoding, kind="stable")
         result.rows, result.num_new, result.num_decodes = rows[order], new[order], int(decoding.sum())
         return result
@@ -182,8 +182,11 @@ class Scheduler:
     def _find_shared(self, request: Request, tokens: np.ndarray) -> tuple[list[int], int | None]:
         """Blocks whose contents this request needs and somebody has computed: (full blocks, a partly filled one to copy).
 
-        The last token is always computed anew: its logits are wanted. Nothing is shared when the logits of the whole prompt are.
+        The last token is always computed anew: its logits are wanted. Nothing is shared when those of the whole prompt are,
+        or its hidden states.
         """
+        if request.pooling == "mean":
+            return [], None
         if request.params.prompt_logprobs is not None and len(request.prompt_logprobs) < len(request.prompt):
             return [], None
         size, parent = self.pool.block_size, request.fork_of

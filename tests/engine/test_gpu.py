@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -122,3 +124,22 @@ def test_memory_comes_back(folder, prompts):
         with engine(folder) as llm:
             tokens(llm, prompts)
     assert used() - before < 100 * 2**20
+
+
+@pytest.mark.parametrize("pooling", ["last", "mean"])
+def test_embeddings_beside_answers(folder, prompts, expected, pooling):
+    """Vectors are those of plain torch in float32, near enough, and the answers that share their steps stay as they are."""
+    with engine(folder, dtype="float32") as llm:
+        reference = np.stack([o.embedding for o in llm.embed(prompts, pooling, use_tqdm=False)])
+
+    async def both(llm: LLM) -> tuple[list[list[int]], np.ndarray]:
+        params = SamplingParams(temperature=0, max_tokens=NEW, ignore_eos=True, detokenize=False)
+        answers = [asyncio.create_task(llm.agenerate(p, params)) for p in prompts]
+        vectors = await llm.aembed(prompts, pooling)
+        return [(await a).outputs[0].token_ids for a in answers], np.stack([v.embedding for v in vectors])
+
+    with engine(folder) as llm:
+        answers, vectors = asyncio.run(both(llm))
+        assert llm.stats()["kv_blocks_free"] == llm.stats()["kv_blocks_total"]
+    assert agreement(answers, expected) >= 0.75
+    assert (vectors * reference).sum(1).min() > 0.99
