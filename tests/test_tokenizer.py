@@ -96,35 +96,73 @@ def assert_same_as_auto(folder: Path) -> Tokenizer:
 
 
 IM_END = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
-FOLDERS = {  # name -> (rust tokenizer, tokenizer_config, model_type, read without transformers?)
-    "generic": (byte_level, {"tokenizer_class": "PreTrainedTokenizerFast", **IM_END}, "llama", True),
-    "no class": (byte_level, IM_END, "llama", True),
-    "llama3": (byte_level, {"tokenizer_class": "LlamaTokenizer", "bos_token": "<|endoftext|>", **IM_END}, "llama", True),
-    "gpt2": (byte_level, {"tokenizer_class": "GPT2Tokenizer", **IM_END}, "llama", True),
-    "gpt2 of another build": (qwen2, {"tokenizer_class": "GPT2TokenizerFast", **IM_END}, "llama", False),
-    "qwen2": (qwen2, {"tokenizer_class": "Qwen2Tokenizer", **IM_END}, "qwen2", True),
-    "qwen2 adding bos": (qwen2, {"tokenizer_class": "Qwen2Tokenizer", "add_bos_token": True, **IM_END}, "qwen3", True),
-    "qwen2 without NFC": (byte_level, {"tokenizer_class": "LlamaTokenizerFast", **IM_END}, "qwen2", False),
-    "llama2": (llama2, {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>"}, "llama", False),
-    "llama2 legacy": (llama2, {"tokenizer_class": "LlamaTokenizer", "legacy": True, "eos_token": "</s>"}, "llama", False),
-    "llama2 no bos": (
-        llama2,
-        {"tokenizer_class": "LlamaTokenizer", "add_bos_token": False, "add_eos_token": True, "eos_token": "</s>"},
-        "llama",
-        False,
-    ),
-    "mistral": (llama2, {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>"}, "mistral", True),
-    "phi3": (llama2, {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>"}, "phi3", True),
-}
+LLAMA = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>"}
+
+
+def gemma() -> Rust:
+    """As llama2, with Gemma's special tokens, and with the words' boundaries inside tokens."""
+    rust = llama2()
+    rust.add_special_tokens(["<bos>", "<eos>", "<pad>", "<mask>"])
+    rust.normalizer = normalizers.Replace(" ", "▁")
+    rust.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    rust.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", rust.token_to_id("<bos>"))])
+    return rust
+
+
+def more_merging(build) -> Rust:
+    """A file whose own flags would give other ids."""
+    rust = build()
+    rust.model.fuse_unk, rust.model.byte_fallback, rust.model.ignore_merges = False, False, True
+    rust.add_tokens([AddedToken("two  spaces", normalized=True)])
+    return rust
+
+
+FOLDERS = {  # name -> (rust tokenizer, tokenizer_config, model_type)
+    "generic": (byte_level, {"tokenizer_class": "PreTrainedTokenizerFast", **IM_END}, "llama"),
+    "generic in a qwen2 folder": (byte_level, {"tokenizer_class": "PreTrainedTokenizerFast", **IM_END}, "qwen2"),
+    "generic in a qwen3 folder": (byte_level, {"tokenizer_class": "PreTrainedTokenizerFast", **IM_END}, "qwen3"),
+    "no class": (byte_level, IM_END, "llama"),
+    "llama3": (byte_level, {"tokenizer_class": "LlamaTokenizer", "bos_token": "<|endoftext|>", **IM_END}, "llama"),
+    "gpt2": (byte_level, {"tokenizer_class": "GPT2Tokenizer", **IM_END}, "llama"),
+    "gpt2 of another build": (qwen2, {"tokenizer_class": "GPT2TokenizerFast", **IM_END}, "llama"),
+    "gpt2 with a space in front": (byte_level, {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": True, **IM_END}, "llama"),
+    "qwen2": (qwen2, {"tokenizer_class": "Qwen2Tokenizer", **IM_END}, "qwen2"),
+    "qwen2 adding bos": (qwen2, {"tokenizer_class": "Qwen2Tokenizer", "add_bos_token": True, **IM_END}, "qwen3"),
+    "qwen2 without NFC": (byte_level, {"tokenizer_class": "LlamaTokenizerFast", **IM_END}, "qwen2"),
+    "qwen2 with other flags": (lambda: more_merging(qwen2), {"tokenizer_class": "Qwen2Tokenizer", **IM_END}, "qwen2"),
+    "llama2": (llama2, LLAMA, "llama"),
+    "llama2 legacy": (llama2, LLAMA | {"legacy": True}, "llama"),
+    "llama2 silent": (llama2, {"tokenizer_class": "LlamaTokenizer"}, "llama"),
+    "llama2 without a space in front": (llama2, LLAMA | {"add_prefix_space": False}, "llama"),
+    "llama2 with other flags": (lambda: more_merging(llama2), LLAMA, "llama"),
+    "llama2 no bos": (llama2, {n: v for n, v in LLAMA.items() if n != "bos_token"} | {"add_bos_token": False}, "llama"),
+    "mistral": (llama2, LLAMA, "mistral"),
+    "phi3": (llama2, LLAMA, "phi3"),
+    "gemma": (gemma, {"tokenizer_class": "GemmaTokenizer"}, "gemma2"),
+    "gemma with some named": (gemma, {"tokenizer_class": "GemmaTokenizerFast", "unk_token": "<unk>"}, "gemma3_text"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", FOLDERS)
-def test_ids_equal_auto_tokenizer(name, tmp_path, monkeypatch):
-    build, config, model_type, plain = FOLDERS[name]
+def test_ids_equal_auto_tokenizer_without_importing_it(name, tmp_path, monkeypatch):
+    build, config, model_type = FOLDERS[name]
     used = []
     monkeypatch.setattr("llmkit.tokenizer._from_transformers", _spy("llmkit.tokenizer", "_from_transformers", used))
     assert_same_as_auto(save(tmp_path, build(), config, model_type))
-    assert bool(used) != plain
+    assert not used
+
+
+def test_a_class_that_is_not_known_here_is_read_by_transformers(tmp_path, monkeypatch):
+    used = []
+    monkeypatch.setattr("llmkit.tokenizer._from_transformers", _spy("llmkit.tokenizer", "_from_transformers", used))
+    assert_same_as_auto(save(tmp_path, byte_level(), {"tokenizer_class": "GPTNeoXTokenizer", **IM_END}, "gpt_neox"))
+    assert used
+
+
+def test_tokens_of_the_file_that_the_config_does_not_list(tmp_path):
+    """A class that builds its pipeline anew adds what the config lists, and nothing of the file."""
+    listed = {str(i): {"content": t, "special": True} for i, t in enumerate(["<unk>", "<s>"])}
+    assert_same_as_auto(save(tmp_path, llama2(), LLAMA | {"added_tokens_decoder": listed}, "llama"))
 
 
 def _spy(module: str, name: str, calls: list):
@@ -287,8 +325,14 @@ def test_remote_code_is_named_in_the_hint(tmp_path):
         Tokenizer.from_folder(tmp_path)
 
 
-def test_missing_package_is_named_in_the_hint(tmp_path):
+def test_missing_package_is_named_in_the_hint(tmp_path, monkeypatch):
     (tmp_path / "tokenizer.model").write_bytes(b"no such model")
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer"}))
-    with pytest.raises(TokenizerError, match=r"pip install .*(sentencepiece|tiktoken)"):
+    from transformers import AutoTokenizer
+
+    def without_it(*_, **__):
+        raise ImportError("LlamaTokenizer requires the SentencePiece library but it was not found in your environment")
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", without_it)  # tiktoken, where installed, hides that this one is not
+    with pytest.raises(TokenizerError, match=r"pip install sentencepiece"):
         Tokenizer.from_folder(tmp_path)
