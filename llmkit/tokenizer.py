@@ -38,7 +38,7 @@ _CLASS_DEFAULTS: dict[str, dict[str, str]] = {  # special tokens that a class ha
 
 
 class Backend(Protocol):
-    """What `Tokenizer` asks of the library beneath: `RustBackend`, or `SlowBackend` for the few without a Rust twin."""
+    """What `Tokenizer` asks of the library beneath: `RustBackend`, `SlowBackend` for the few without a Rust twin, `NoBackend`."""
 
     size: int
     special_ids: frozenset[int]
@@ -88,6 +88,29 @@ class SlowBackend:
         return self._hf.get_vocab().get(token)
 
 
+class NoBackend:
+    """Stands where there is no tokenizer: refuses text, and makes none."""
+
+    size, special_ids = 0, frozenset[int]()
+
+    def encode(self, texts: list[str], add_special_tokens: bool) -> list[list[int]]:
+        if texts:
+            raise InvalidRequestError(
+                "this engine was started without a tokenizer (skip_tokenizer_init=True)",
+                "give prompts as token ids, or start it with the tokenizer",
+            )
+        return []
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
+        return ""
+
+    def id_to_token(self, token_id: int) -> str | None:
+        return None
+
+    def token_to_id(self, token: str) -> int | None:
+        return None
+
+
 class Tokenizer:
     """Encodes, decodes, and knows the special tokens and chat templates of one model. Safe to share between threads.
 
@@ -114,6 +137,11 @@ class Tokenizer:
         if backend is None:
             return _from_transformers(folder, trust_remote_code)
         return cls(backend, _special_texts(config), config.get("chat_template"))
+
+    @classmethod
+    def absent(cls) -> Tokenizer:
+        """For engines that see token ids only: encoding text raises InvalidRequestError, decoding makes none."""
+        return cls(NoBackend(), {})
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`. Raises InvalidRequestError for what is not text (also lone surrogates)."""
@@ -153,7 +181,8 @@ class Tokenizer:
     def backend_json(self) -> str:
         """tokenizer.json as text, for grammar engines. Raises TokenizerError where there is no Rust tokenizer."""
         if not isinstance(self._backend, RustBackend):
-            raise TokenizerError("this tokenizer runs in Python only and has no tokenizer.json", "structured outputs need one")
+            what = "this tokenizer runs in Python only and has no tokenizer.json"
+            raise TokenizerError(what if self.vocab_size else "there is no tokenizer", "structured outputs need one")
         return self._backend.rust.to_str()
 
     @functools.cached_property

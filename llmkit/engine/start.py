@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -68,7 +69,10 @@ class Started:
 
 
 def start_engine(config: EngineConfig, report: StartupReport | None = None) -> Started:
-    """Resolve, read, load, plan. Every error is typed and names its cause; nothing is left behind on failure."""
+    """Resolve, read, load, plan. Every error is typed and names its cause; nothing is left behind on failure.
+
+    The tokenizer is read beside the device's start and the weights; its stage is what is left to wait for after them.
+    """
     from llmkit import hub
 
     report = report or StartupReport()
@@ -76,22 +80,35 @@ def start_engine(config: EngineConfig, report: StartupReport | None = None) -> S
         where = {"source": config.source, "revision": config.revision, "cache_dir": config.download_dir}
         folder = hub.resolve(config.model, **where)
         model_config = ModelConfig.from_folder(folder)
-    with report.stage("tokenizer"):
         own = Path(config.tokenizer or folder).expanduser()  # a folder of nothing but a tokenizer is no model, and fine here
-        home = own if any(own.glob("tokenizer*")) else hub.resolve(config.tokenizer or str(folder), **where)
-        tokenizer = Tokenizer.from_folder(home, config.trust_remote_code)
-    with report.stage("device"):
-        device = choose_device(config.device)
-        dtype = choose_dtype(config.dtype, model_config.dtype, device)
-        used_before = device_used(device)
-    with report.stage("weights"):
-        model = _load(config, model_config, folder, dtype, device, report)
+        bare = config.skip_tokenizer_init or any(own.glob("tokenizer*"))
+        home = own if bare else hub.resolve(config.tokenizer or str(folder), **where)
+    with ThreadPoolExecutor(1, "llmkit-tokenizer") as beside:
+        reading = beside.submit(_read_tokenizer, home, config)
+        with report.stage("device"):
+            device = choose_device(config.device)
+            dtype = choose_dtype(config.dtype, model_config.dtype, device)
+            used_before = device_used(device)
+        if reading.done():
+            reading.result()  # a folder without a tokenizer is told before the weights are read
+        with report.stage("weights"):
+            model = _load(config, model_config, folder, dtype, device, report)
+        with report.stage("tokenizer"):
+            tokenizer, seconds = reading.result()
+        report.facts["tokenizer"] = f"read in {seconds:.2f} s beside the stages before"
     with report.stage("KV cache"):
         engine = _build(config, model, dtype, used_before, tokenizer)
     report.facts |= {"model": str(folder), "runs on": ops.describe(device, dtype)}
     generation = folder / "generation_config.json"
     defaults = read_json(generation) if generation.exists() else {}
     return Started(config, model_config, folder, tokenizer, engine, defaults, report)
+
+
+def _read_tokenizer(folder: Path, config: EngineConfig) -> tuple[Tokenizer, float]:
+    """The tokenizer, and the seconds that took."""
+    begin = time.perf_counter()
+    tokenizer = Tokenizer.absent() if config.skip_tokenizer_init else Tokenizer.from_folder(folder, config.trust_remote_code)
+    return tokenizer, time.perf_counter() - begin
 
 
 def choose_device(name: str) -> torch.device:
