@@ -27,7 +27,7 @@ from llmkit.errors import InvalidRequestError
 from llmkit.job import Job
 from llmkit.outputs import EmbeddingOutput, RequestOutput, RequestOutputs, StreamChunk
 from llmkit.progress import generation_progress, in_notebook
-from llmkit.prompts import Prompt, RequestBuilder, as_list
+from llmkit.prompts import Prompt, RequestBuilder, as_list, rules_of
 from llmkit.sampling_params import SamplingParams
 from llmkit.step_view import StepView, view_step
 from llmkit.vllm_options import reject_vllm_options
@@ -59,7 +59,7 @@ class LLM:
             report.stages["import"] = llmkit.import_seconds["llmkit.llm"]
         self.last_partial: list[RequestOutput] = RequestOutputs()
         started = start_engine(config, report)
-        self._builder = RequestBuilder(started)
+        self._builder = RequestBuilder(started.tokenizer, rules_of(started))
         self._driver = Driver(started)
         weakref.finalize(self, self._driver.close)  # when the last reference goes, and before the interpreter ends
         self._announce()

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from llmkit.engine.grammar import Grammar
 from llmkit.engine.request import Request
-from llmkit.engine.sampling_rows import check_token_ids
-from llmkit.engine.start import Started
 from llmkit.errors import InvalidRequestError
-from llmkit.sampling_params import SamplingParams
+from llmkit.sampling_params import SamplingParams, check_token_ids
+from llmkit.tokenizer import Tokenizer
 from llmkit.vllm_options import reject_vllm_options
+
+if TYPE_CHECKING:
+    from llmkit.engine.start import Started
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
 
@@ -81,16 +84,30 @@ def _from_dict(prompt: Mapping[str, Any]) -> str | _Ids:
     return unwrapped._replace(text=text)
 
 
-class RequestBuilder:
-    """Validates and tokenises for one engine."""
+@dataclass(frozen=True)
+class Rules:
+    """What requests of one engine must keep to, and what they mean where they are silent. Plain data: it travels to a server's
+    front. eos_ids: every id that ends an answer. defaults: the sampling parameters of a request that brings none."""
 
-    def __init__(self, started: Started) -> None:
-        self._tokenizer, self._config = started.tokenizer, started.config
-        self._vocab_size = started.model_config.vocab_size
-        self._max_len = started.engine.plan.max_model_len
-        self.eos_ids = _eos_ids(started)
-        self.defaults = default_params(started)
-        self._ids = itertools.count()
+    vocab_size: int
+    max_model_len: int
+    max_logprobs: int
+    seed: int
+    eos_ids: tuple[int, ...]
+    defaults: dict[str, Any]
+
+
+class RequestBuilder:
+    """Validates and tokenises for one engine. compiles: whether requests get their grammars here, or where the engine is.
+    first_number, stride: how requests are counted, so that several builders for one engine give none of them the same seed."""
+
+    def __init__(
+        self, tokenizer: Tokenizer, rules: Rules, *, compiles: bool = True, first_number: int = 0, stride: int = 1
+    ) -> None:
+        self._tokenizer, self._rules, self._compiles = tokenizer, rules, compiles
+        self._vocab_size, self._max_len, self.eos_ids = rules.vocab_size, rules.max_model_len, rules.eos_ids
+        self.defaults = SamplingParams(**rules.defaults)
+        self._ids = itertools.count(first_number, stride)
 
     def build(
         self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None,
@@ -149,7 +166,7 @@ class RequestBuilder:
         self._check(tokens, params)
         base = f"req-{next(self._ids)}"
         stops = tuple(dict.fromkeys([*(() if params.ignore_eos else self.eos_ids), *(params.stop_token_ids or ())]))
-        seed = params.seed if params.seed is not None else _fresh_seed(self._config.seed, base)
+        seed = params.seed if params.seed is not None else _fresh_seed(self._rules.seed, base)
         grammar = grammars.get(id(params))
         prompt = np.array(tokens, np.int32)
         total = self._max_len if params.max_tokens is None else min(self._max_len, len(tokens) + params.max_tokens)
@@ -167,7 +184,7 @@ class RequestBuilder:
 
     def _check(self, tokens: list[int], params: SamplingParams) -> None:
         self._check_length(tokens, self._max_len - 1, "with at least one answer token it")
-        limit = self._config.max_logprobs
+        limit = self._rules.max_logprobs
         for name in ("logprobs", "prompt_logprobs"):
             asked = getattr(params, name)
             if asked is not None and limit >= 0 and (asked > limit or asked < 0):
@@ -186,7 +203,7 @@ class RequestBuilder:
 
     def _grammars(self, each: list[SamplingParams]) -> dict[int, Grammar]:
         """id(params) -> what its answers must belong to; compiled once for all prompts that share the params."""
-        specs = {id(p): p.structured_outputs for p in each if p.structured_outputs is not None}
+        specs = {id(p): p.structured_outputs for p in each if self._compiles and p.structured_outputs is not None}
         return {
             key: Grammar.compile(spec, self._tokenizer, self._vocab_size, self.eos_ids or None) for key, spec in specs.items()
         }
@@ -197,6 +214,15 @@ class RequestBuilder:
         return [list(t) for t in dict.fromkeys(map(tuple, spelled)) if t]
 
 
+def rules_of(started: Started) -> Rules:
+    """The rules of a started engine."""
+    return Rules(
+        vocab_size=started.model_config.vocab_size, max_model_len=started.engine.plan.max_model_len,
+        max_logprobs=started.config.max_logprobs, seed=started.config.seed, eos_ids=_eos_ids(started),
+        defaults=default_params(started),
+    )  # fmt: skip
+
+
 def _eos_ids(started: Started) -> tuple[int, ...]:
     """Every id that the model's files call the end: generation_config.json may name several (Llama 3, Qwen)."""
     named = started.generation_config.get("eos_token_id")
@@ -204,11 +230,11 @@ def _eos_ids(started: Started) -> tuple[int, ...]:
     return tuple(dict.fromkeys(int(i) for i in ids if i is not None))
 
 
-def default_params(started: Started) -> SamplingParams:
+def default_params(started: Started) -> dict[str, Any]:
     """What a call without SamplingParams means: the model's own generation_config.json, as in vLLM."""
     own = started.generation_config if started.config.generation_config == "auto" else {}
     names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-    return SamplingParams(**{n: own[n] for n in names if own.get(n) is not None})
+    return {n: own[n] for n in names if own.get(n) is not None}
 
 
 def _fresh_seed(engine_seed: int, request_id: str) -> int:

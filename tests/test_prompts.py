@@ -8,7 +8,7 @@ from llmkit import SamplingParams, StructuredOutputs
 from llmkit.config import EngineConfig
 from llmkit.engine import grammar
 from llmkit.errors import InvalidRequestError
-from llmkit.prompts import RequestBuilder, as_list, default_params
+from llmkit.prompts import RequestBuilder, as_list, rules_of
 from llmkit.tokenizer import Tokenizer
 
 
@@ -25,7 +25,7 @@ def started(smollm2_folder):
 
 @pytest.fixture
 def builder(started):
-    return RequestBuilder(started)
+    return RequestBuilder(started.tokenizer, rules_of(started))
 
 
 @pytest.mark.parametrize(
@@ -64,14 +64,14 @@ def test_limits(builder):
 
 
 def test_the_models_own_defaults_unless_told_otherwise(started):
-    assert default_params(started) == SamplingParams(temperature=0.6)
+    assert RequestBuilder(started.tokenizer, rules_of(started)).defaults == SamplingParams(temperature=0.6)
     plain = SimpleNamespace(**vars(started) | {"config": EngineConfig(generation_config="none")})
-    assert default_params(plain) == SamplingParams()
+    assert rules_of(plain).defaults == {}
 
 
 def test_requests_without_a_seed_differ_and_repeat(started):
     def seeds():
-        return [r.seed for _, (r,) in RequestBuilder(started).build(["a"] * 5, None)]
+        return [r.seed for _, (r,) in RequestBuilder(started.tokenizer, rules_of(started)).build(["a"] * 5, None)]
 
     assert len(set(seeds())) == 5
     assert seeds() == seeds()
