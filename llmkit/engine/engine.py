@@ -72,7 +72,8 @@ class Engine:
         self.scheduler = self._new_scheduler()
         self.runner = create_runner(model, self.rows, plan.num_blocks, token_budget, dtype, enforce_eager)
         self._flying: Flight | None = None
-        self.num_steps = self.num_prompt_tokens = self.num_generated_tokens = 0
+        self.num_steps = self.num_prompt_tokens = self.num_generated_tokens = self.num_step_tokens = 0
+        self.steps_by_size = [0] * 32  # [i]: steps of at most 2^i tokens and more than half of that
 
     # ---- requests
 
@@ -136,6 +137,8 @@ class Engine:
         schedule, batch, result = flight.schedule, flight.batch, flight.result
         self.num_steps += 1
         self.num_prompt_tokens += batch.num_tokens - batch.num_decodes
+        self.num_step_tokens += batch.num_tokens
+        self.steps_by_size[(batch.num_tokens - 1).bit_length()] += 1
         self.scheduler.computed(schedule)
         for request, top in result.prompt_logprobs:
             k = request.params.prompt_logprobs or 0
@@ -202,10 +205,13 @@ class Engine:
         return {
             "running": len(s.running),
             "waiting": s.num_waiting,
+            "kv_block_size": self.pool.block_size,
             "kv_blocks_total": self.pool.num_usable,
             "kv_blocks_free": self.pool.num_free,
             "kv_blocks_cached": self.pool.num_cached,
             "steps": self.num_steps,
+            "steps_by_size": list(self.steps_by_size),
+            "step_tokens": self.num_step_tokens,
             "prompt_tokens": self.num_prompt_tokens,
             "generated_tokens": self.num_generated_tokens,
             "preemptions": s.num_preemptions,
