@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,11 +24,40 @@ OWN = ("batch", "input_len", "output_len", "prefill", "num_prompts", "workload",
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the measurements to `llmkit bench`."""
-    parser.set_defaults(measure=lambda args: parser.print_help())
+    parser.set_defaults(measure=lambda args: _suite(args) if args.suite else parser.print_help())
+    _add_suite(parser)
     commands = parser.add_subparsers(metavar="COMMAND", title="commands")
     _add_throughput(commands)
     _add_latency(commands)
     _add_startup(commands)
+
+
+def _add_suite(parser: argparse.ArgumentParser) -> None:
+    p = parser.add_argument_group("a suite of rows, each beside vLLM's figure and ours to reach")
+    p.add_argument("--suite", choices=("h100",), help="models by their shapes, random weights: nothing is downloaded")
+    p.add_argument("--rows", metavar="NAMES", help="only these, e.g. A-decode,B-nano (default: all)")
+    p.add_argument("--budget", type=float, metavar="SECONDS", help="begin nothing that would not end in this time")
+    p.add_argument("--repeat", type=positive, default=3, metavar="N", help="runs of each; medians are shown (default: 3)")
+    p.add_argument("--tiny", action="store_true", help="tiny models and work: shows that every row can be measured")
+    p.add_argument("--json", metavar="FILE", help="write a line of JSON a row, as soon as it is measured")
+    p.add_argument("--markdown", action="store_true", help="print rows for llmkit/bench/RESULTS.md too")
+    add_engine_arguments(parser, skip=("model", "tokenizer", "skip_tokenizer_init", "load_format", "max_model_len"))
+
+
+def _suite(args: argparse.Namespace) -> int:
+    """Measure a suite; the exit code."""
+    import llmkit
+    from llmkit.bench.h100 import FULL, SMALL, Clock, select
+    from llmkit.bench.suite import Suite, markdown
+
+    _check_json(args)
+    rows = select(args.rows)
+    with open(args.json, "w", encoding="utf-8") if args.json else nullcontext() as out:
+        suite = Suite(rows, SMALL if args.tiny else FULL, Clock(args.budget), args.repeat, out, engine_options(args))
+        code = suite.run()
+    if args.markdown:
+        print("\n" + markdown(suite.results, suite.device_name, llmkit.__version__))
+    return code
 
 
 def run(args: argparse.Namespace) -> int | None:

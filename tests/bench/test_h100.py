@@ -1,0 +1,178 @@
+"""The rows for an H100: the same work as everybody's, each measured at tiny size, goals and shares as they are shown."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+
+import pytest
+
+from llmkit import cli
+from llmkit.bench import fresh_process, h100, suite, workload
+from llmkit.bench.ceilings import Ceilings
+from llmkit.bench.h100 import FULL, ROWS, SMALL, Bench, Clock, Measured, select
+from llmkit.bench.limits import Limits, ModelCost
+from llmkit.bench.suite import Suite, line, markdown
+from llmkit.errors import ConfigError, LlmkitError
+from llmkit.models.config import ModelConfig
+
+PEERS = {  # every figure of the comparison: vLLM's, what must be reached, what is wanted
+    "A-decode-1": (6.19, 5.25, 4.95), "A-decode-8": (6.32, 5.45, 5.2), "A-decode-32": (6.44, 5.7, 5.4),
+    "A-decode-128": (7.77, 7.0, 6.4), "A-nano": (10913, 12000, 13000), "A-sharegpt": (10578, 12500, 14000),
+    "A-prefill-1x8192": (41035, 41000, 44000), "A-prefill-16x1024": (45022, 45000, 47500), "A-prefill-1x1024": (31, 25, 22),
+    "A-prefill-1x128": (13, 8, 6), "A-prefix-cold": (0.44, 0.44, None), "A-prefix-warm": (0.392, 0.392, 0.3),
+    "A-prefix-unshared": (3.27, 3.27, None), "A-fp8-decode-1": (4.17, None, 3.0), "A-fp8-nano": (12282, None, 17000),
+    "B-decode-1": (2.97, 1.0, 0.75), "B-decode-128": (6.07, 2.8, 2.4), "B-nano": (18450, 22000, 24500),
+    "A-ready-cold": (104.7, 12, 6), "A-ready-warm": (58.3, 12, 6), "A-memory": (73155, 300, 100),
+}  # fmt: skip
+
+
+def test_the_rows_are_all_there_with_their_figures():
+    assert {name: (r.vllm, r.must, r.wants) for name, r in ROWS.items()} == PEERS
+
+
+def test_the_work_is_everybodys():
+    """Lengths and tokens as other engines were given them."""
+    nano, chat = workload.nano(), workload.sharegpt()
+    assert (nano.num_input, nano.num_output, chat.num_input, chat.num_output) == (144_831, 144_160, 206_310, 199_256)
+    assert FULL.work(nano) == nano
+    ids = workload.tokens((128,) * 3, "w0")
+    assert hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:16] == "a721fc25cb9144fd"
+
+
+@pytest.mark.parametrize("name", ["A", "B"])
+def test_the_models_are_as_big_as_they_should_be(name):
+    cost = ModelCost.of(ModelConfig.from_dict(h100.MODELS[name]), 2)
+    assert cost.weight_bytes == pytest.approx({"A": 14.14e9, "B": 1.19e9}[name], rel=0.01)
+    assert Limits(cost, 3.13e12, 756e12).decode([256]).seconds == pytest.approx({"A": 4.52e-3, "B": 0.38e-3}[name], rel=0.04)
+
+
+def test_rows_are_chosen_by_the_beginning_of_their_names():
+    assert [r.name for r in select("A-decode, B-nano")] == [*(f"A-decode-{n}" for n in (1, 8, 32, 128)), "B-nano"]
+    assert [r.name for r in select("A-decode-1")] == ["A-decode-1"]  # and not 128
+    assert [r.name for r in select("B")] == ["B-decode-1", "B-decode-128", "B-nano"]
+    assert len(select(None)) == len(select("")) == len(ROWS)
+    with pytest.raises(ConfigError, match=r"--rows A-decod: there is no such row\n.*A-decode-1, "):
+        select("A-decod")
+
+
+def test_every_row_runs_and_each_is_written_when_it_is_there(tmp_path, capsys):
+    file = tmp_path / "out.jsonl"
+    assert cli.main(["bench", "--suite", "h100", "--tiny", "--repeat", "1", "--device", "cpu", "--json", str(file)]) == 0
+    head, *rows = (json.loads(x) for x in file.read_text().splitlines())
+    assert head["ceilings"]["read"] > 0
+    assert {r["name"] for r in rows} == set(ROWS)
+    quantised = {r["name"] for r in rows if "skipped" in r}
+    assert quantised == {"A-fp8-decode-1", "A-fp8-nano"}
+    assert all("fp8" in r["skipped"] for r in rows if "skipped" in r)
+    measured = {r["name"]: r for r in rows if "value" in r}
+    for name, row in measured.items():
+        assert row["value"] > 0 or name == "A-memory"
+        assert (row["limit_share"] is not None) == (name.split("-")[1] in ("decode", "nano", "sharegpt", "prefill"))
+        assert "times_vllm" not in row  # a tiny model compares with nothing
+    assert measured["A-prefix-warm"]["facts"]["cached_tokens"] > measured["A-prefix-unshared"]["facts"]["cached_tokens"] == 0
+    assert {"import_s", "load_s", "first_token_s", "stages"} <= measured["A-ready-warm"]["facts"].keys()
+    assert len(measured["A-memory"]["facts"]["above_before_bytes"]) == 3
+    out = capsys.readouterr().out
+    assert all(name in out for name in ROWS)
+
+
+class Answering:
+    """An engine whose clock ticks one second a token."""
+
+    def __init__(self, monkeypatch, short: int = 0) -> None:
+        self.now, self.short, self.asked = 0.0, short, []
+        monkeypatch.setattr(h100.time, "perf_counter", lambda: self.now)
+
+    def generate(self, prompts, params, use_tqdm):
+        from types import SimpleNamespace as Thing
+
+        self.asked.append((prompts, params))
+        self.now += sum(p.max_tokens for p in params)
+        return [Thing(outputs=[Thing(token_ids=[0] * (p.max_tokens - self.short))]) for p in params]
+
+    def stats(self):
+        return {"steps": 0, "preemptions": 0, "prefix_cache_hits": 0}
+
+    def memory_plan(self):
+        from types import SimpleNamespace as Thing
+
+        return Thing(max_num_seqs=256)
+
+
+def bench(llm, scale=FULL, budget=None, repeat=3) -> Bench:
+    cost = ModelCost.of(ModelConfig.from_dict(scale.config("A")), 2)
+    return Bench(llm, scale.config("A"), scale, Limits(cost, 3.13e12, 756e12), Clock(budget), repeat)
+
+
+def test_decode_is_what_all_tokens_take_beyond_the_first(monkeypatch):
+    llm = Answering(monkeypatch)
+    found = ROWS["A-decode-8"].measure(bench(llm))
+    assert found.value == pytest.approx(8 * 1000)  # 8 tokens a step, a second each
+    assert found.samples == [found.value] * 3
+    assert found.limit_share == pytest.approx(4.56e-3 / 8, rel=0.02)
+    prompts = [tuple(map(tuple, p)) for p, _ in llm.asked]
+    assert len(prompts) == len(set(prompts)) == 7  # once to warm up, then 256 and 1, each three times, with tokens of their own
+    assert {(len(p), len(p[0])) for p in prompts} == {(8, 128)}
+    assert {(q.temperature, q.ignore_eos, q.detokenize) for _, params in llm.asked for q in params} == {(0.6, True, False)}
+
+
+def test_a_prefix_is_cold_once_and_then_warm(monkeypatch):
+    for kind, runs, heads in (("cold", 4, 4), ("warm", 8, 4), ("unshared", 4, 4 * 64)):
+        llm = Answering(monkeypatch)
+        assert ROWS[f"A-prefix-{kind}"].measure(bench(llm)).value == 64 * 32
+        prompts = [p for asked, _ in llm.asked for p in asked]
+        assert len(llm.asked) == runs
+        assert {len(p) for p in prompts} == {2112}
+        assert len({tuple(p[:2048]) for p in prompts}) == heads
+        assert len({tuple(p) for p in prompts}) == len(prompts)
+
+
+def test_missing_tokens_are_an_error(monkeypatch):
+    with pytest.raises(LlmkitError, match="tokens were made where"):
+        ROWS["A-nano"].measure(bench(Answering(monkeypatch, short=1)))
+
+
+def test_a_budget_ends_the_runs_and_then_the_rows(monkeypatch, capsys):
+    ticks = itertools.count()
+    monkeypatch.setattr(h100.time, "monotonic", lambda: float(next(ticks)))
+    assert len(bench(Answering(monkeypatch), budget=1).runs(lambda i: 1.0)) == 1
+    rows = [h100.Row("A-nano", "x", "tok/s", 1, 2, 3, "A@4096", lambda bench: Measured(1.0, []), seconds=1e6)]
+    made = Suite(rows, FULL, Clock(100), 1, None, {})
+    made._measure(rows, None, None, None)  # type: ignore[arg-type]  # nothing is loaded
+    assert "--budget" in made.results[0]["skipped"]
+    assert "skipped: --budget" in capsys.readouterr().out
+
+
+def test_a_row_that_breaks_leaves_the_others(monkeypatch, tmp_path, capsys):
+    def breaks(bench):
+        raise RuntimeError("CUDA error: something")
+
+    fine = h100.Row("A-memory", "x", "MiB", 10, 5, 1, "A", lambda fresh: Measured(2.0, [2.0]))
+    rows = [h100.Row("A-ready-cold", "x", "s", 1, 2, 3, "A", breaks), fine]
+    monkeypatch.setattr(Suite, "_ceilings", lambda self, device: Ceilings("cpu", "float32", 1, 1, 1, 1, 1))
+    made = Suite(rows, FULL, Clock(None), 1, None, {"device": "cpu"})
+    assert made.run() == 1
+    broken, kept = made.results
+    assert (broken["error"], kept["value"]) == ("RuntimeError: CUDA error: something", 2.0)
+    assert "in breaks" in broken["traceback"]
+    assert (kept["reaches_must"], kept["reaches_wants"], kept["times_vllm"]) == (True, False, 5.0)
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[-2].endswith("broke: RuntimeError: CUDA error: something")
+    assert shown[-1].split()[-3:] == ["5.00", "–", "must"]
+    assert line(kept | {"reaches_must": False}).endswith("below")
+    assert "| h100: A-memory, x, llmkit 9 | 2 MiB (vLLM 0.26: 10) | – |" in markdown(made.results, "gpu", "9")
+
+
+def test_a_process_that_dies_says_why(tmp_path):
+    with pytest.raises(LlmkitError, match=r"ended with code 1:(.|\n)*no_such_option"):
+        fresh_process.launch({"model": str(tmp_path), "no_such_option": 1}, 1)
+
+
+def test_small_is_small():
+    work = SMALL.work(workload.nano())
+    assert len(work.input_lens) == 8
+    assert work.longest <= 32
+    assert min(work.output_lens) >= 2
+    assert suite.HEADING.split()[:2] == ["row", "vLLM"]
