@@ -11,9 +11,10 @@ from fastapi.middleware.cors import CORSMiddleware
 from starlette.responses import HTMLResponse
 
 import llmkit
-from llmkit.server import chat_completions, completions, models, tokenize
+from llmkit.server import chat_completions, completions, embeddings, metrics, models, tokenize
 from llmkit.server.engine_client import EngineClient
 from llmkit.server.errors import Body, install_error_handlers
+from llmkit.server.metered import CountRequests, Metered
 from llmkit.server.middleware import ApiKeys, BodyLimit, RequestIds
 from llmkit.server.options import ServerOptions
 
@@ -22,6 +23,8 @@ ROUTERS: tuple[Callable[[EngineClient, ServerOptions], APIRouter], ...] = (
     chat_completions.router,
     completions.router,
     tokenize.router,
+    embeddings.router,
+    metrics.router,
 )
 # Beginning of a path -> its API's error object, where that is not OpenAI's.
 ERROR_FORMS: Mapping[str, Callable[[BaseException], Body]] = {}
@@ -30,16 +33,20 @@ ERROR_FORMS: Mapping[str, Callable[[BaseException], Body]] = {}
 def create_app(engine: EngineClient, options: ServerOptions | None = None) -> FastAPI:
     """The server's ASGI app. Nothing is asked of `engine` yet: it may still be starting."""
     options = options or ServerOptions()
+    metered = engine if isinstance(engine, Metered) else Metered(engine)
     app = FastAPI(
         title="llmkit", version=llmkit.__version__, root_path=options.root_path, docs_url=None, redoc_url=None,
         openapi_url="/openapi.json" if options.enable_docs else None, separate_input_output_schemas=False,
     )  # fmt: skip
     for router in ROUTERS:
-        app.include_router(router(engine, options))
+        routes = router(metered, options)
+        app.include_router(routes)
+        metered.metrics.http.know(routes.routes)
     if options.enable_docs:
         _add_docs(app)
     install_error_handlers(app, options.retry_after, ERROR_FORMS)
     _add_middleware(app, options)
+    app.add_middleware(CountRequests, metrics=metered.metrics)  # the outermost: it sees all, and when they came
     return app
 
 

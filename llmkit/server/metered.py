@@ -13,8 +13,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from llmkit.errors import InvalidRequestError, QueueFullError
 from llmkit.outputs import RequestMetrics, RequestOutput, StreamChunk
 from llmkit.sampling_params import SamplingParams
-from llmkit.server.engine_client import EngineClient, TokenPrompt
+from llmkit.server.engine_client import EngineClient, EngineFacts, TokenPrompt
 from llmkit.server.metrics import Metrics
+from llmkit.tokenizer import Tokenizer
 
 _arrived: ContextVar[float | None] = ContextVar("arrived", default=None)  # when the HTTP request came, for who serves it
 
@@ -22,11 +23,22 @@ _arrived: ContextVar[float | None] = ContextVar("arrived", default=None)  # when
 class Metered:
     """An EngineClient that notes what passes through it on the way to another; all else is that other's."""
 
+    tokenizer: Tokenizer  # found by __getattr__, as everything that is not here
+    facts: EngineFacts
+
     def __init__(self, engine: EngineClient, metrics: Metrics | None = None) -> None:
         self._engine, self.metrics = engine, metrics or Metrics()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)
+
+    @property
+    def healthy(self) -> bool:
+        return self._engine.healthy
+
+    def stats(self) -> dict[str, Any]:
+        """See EngineClient."""
+        return self._engine.stats()
 
     async def stream(
         self, prompt: TokenPrompt, params: SamplingParams, *, request_id: str, priority: int = 0
@@ -175,12 +187,14 @@ class CountRequests:
     """ASGI: tells `HttpMetrics` of each request, and `Metered` when it came."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
-        self._app, self._metrics = app, metrics
+        self._app, self._metrics, self._knows = app, metrics, False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
-        self._metrics.http.know(scope["app"].routes)
+        if not self._knows:
+            self._metrics.http.know(scope["app"].routes)  # those that no router brought
+            self._knows = True
         begin, status = time.monotonic(), 500
         token = _arrived.set(begin)
 

@@ -92,16 +92,14 @@ class Metrics:
 
 
 class HttpMetrics:
-    """Requests by route, method and status class, and how long they took. Routes are counted from the first of them on."""
+    """Requests by route, method and status class, and how long they took. Routes nobody told of are counted together."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
         self._routes: dict[tuple[str, str], tuple[memoryview[float], slice, Histogram]] = {}
 
     def know(self, routes: Sequence[Any]) -> None:
-        """Reserve the places of these routes, in their order, which is the same in every front. Only the first call counts."""
-        if self._routes:
-            return
+        """Reserve the places of these routes, in their order, which is the same in every front."""
         for route in routes:
             for method in sorted(getattr(route, "methods", None) or ()):
                 self._places(getattr(route, "path", "none"), method)
