@@ -81,14 +81,15 @@ class TaggedCalls:
 
 
 class WholeCalls:
-    """The answer is calls from its first character (after any of `marks`), or it is content."""
+    """The answer is calls from its first character (after any of `marks`), or it is content. `closing` after them is nothing."""
 
-    def __init__(self, reader: Reader, marks: Sequence[str] = ()) -> None:
+    def __init__(self, reader: Reader, marks: Sequence[str] = (), closing: str = "") -> None:
         self._reader: Reader | None = reader
-        self._marks = marks
+        self._marks, self._closing = marks, closing
         self._begin = ""  # blanks and marks, until the first other character
         self._started = False
-        self._told = False
+        self._after = False  # calls have ended
+        self._tail = ""  # what came since, as long as it may be blanks and the closing mark
 
     def push(self, text: str) -> list[Event]:
         if self._reader is None:
@@ -115,21 +116,26 @@ class WholeCalls:
             if status is Status.MORE:
                 continue
             events += reader.take()
-            self._reader, self._told = None, reader.told
+            self._reader, self._after = None, reader.told
             if not reader.told:
                 return [Text(self._begin + reader.raw + text[i:])]
             return [*events, *self._rest(text[i + (status is Status.END) :])]
         return [*events, *reader.take()]
 
     def _rest(self, text: str) -> list[Event]:
-        """What follows the calls; blanks and a closing mark are nothing."""
-        return [Text(text)] if text and not (self._told and text.isspace()) else []
+        """What follows."""
+        self._tail += text
+        if self._after and self._closing.startswith(self._tail.strip()):
+            return []
+        tail, self._tail, self._after = self._tail, "", False
+        return [Text(tail)] if tail else []
 
     def finish(self) -> list[Event]:
         reader, self._reader = self._reader, None
-        if reader is None or reader.told:
-            return []
-        text = self._begin + reader.raw
+        if reader is not None and not reader.told:
+            text = self._begin + reader.raw
+        else:
+            text = "" if self._tail.strip() in ("", self._closing) else self._tail
         return [Text(text)] if text else []
 
 
@@ -167,7 +173,7 @@ def llama3_json(names: Collection[str], ids: CallIds) -> WholeCalls:
 
 def pythonic(names: Collection[str], ids: CallIds) -> WholeCalls:
     """Llama 3.2, Llama 4: [name(argument=value), ...]."""
-    return WholeCalls(PythonicReader(ids, names), ("<|python_start|>",))
+    return WholeCalls(PythonicReader(ids, names), ("<|python_start|>",), "<|python_end|>")
 
 
 def required(names: Collection[str], ids: CallIds) -> WholeCalls:
