@@ -129,8 +129,16 @@ def add_engine_arguments(parser: argparse.ArgumentParser, skip: tuple[str, ...] 
         if kinds == [bool]:
             group.add_argument(*names, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=f.metadata["help"])
         else:
-            group.add_argument(*names, type=kinds[0], choices=f.metadata["choices"], default=argparse.SUPPRESS,
+            group.add_argument(*names, type=_reader(f.name, kinds[0]), choices=f.metadata["choices"], default=argparse.SUPPRESS,
                                metavar=None if f.metadata["choices"] else f.name.upper(), help=f.metadata["help"])
+
+
+def _reader(name: str, kind: Any) -> Any:
+    """What makes a flag's word its value: vLLM's words are understood."""
+    if kind is not str:
+        return kind
+    spellings = DTYPE_NAMES if name == "dtype" else {word: own for (n, word), own in _SAME_VALUE.items() if n == name}
+    return lambda word: spellings.get(word, word)
 
 
 def engine_options(args: argparse.Namespace) -> dict[str, Any]:

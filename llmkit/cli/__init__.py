@@ -9,15 +9,17 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from llmkit import __version__
-from llmkit.cli import checks, generate, models, notebooks
+from llmkit.cli import batch, checks, generate, models, notebooks, serve, servers
 from llmkit.cli.notebooks import Screen, result_line, show_path
 from llmkit.cli.parser import Parser, UsageError, subcommands
 from llmkit.errors import LlmkitError
 
-FAMILIES = (notebooks, models, generate, checks)  # a module a family of commands, in the order of `llmkit --help`
+# a module a family of commands, in the order of `llmkit --help`
+FAMILIES = (notebooks, models, generate, serve, batch, servers, checks)
+Extend = Callable[[Mapping[str, Parser]], None]
 __all__ = ["Parser", "Screen", "UsageError", "build_parser", "main", "parse", "result_line", "show_path", "subcommands"]
 
 
@@ -37,9 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 141
 
 
-def parse(argv: Sequence[str], prog: str = "llmkit") -> argparse.Namespace:
+def parse(argv: Sequence[str], prog: str = "llmkit", extend: Extend | None = None) -> argparse.Namespace:
     """Parse a command line. Raises UsageError, never exits (but for --help and --version)."""
-    args, unknown = build_parser(prog).parse_known_args(list(argv))
+    args, unknown = build_parser(prog, extend).parse_known_args(list(argv))
     if unknown and args.leaf.takes_parameters:
         args.parameters = [*notebooks.loose_parameters(args.leaf, unknown), *(args.parameters or [])]
     elif unknown:
@@ -47,12 +49,15 @@ def parse(argv: Sequence[str], prog: str = "llmkit") -> argparse.Namespace:
     return args
 
 
-def build_parser(prog: str = "llmkit") -> Parser:
-    """The whole tree. Each leaf sets `handler(args) -> exit code`."""
+def build_parser(prog: str = "llmkit", extend: Extend | None = None) -> Parser:
+    """The whole tree. Each leaf sets `handler(args) -> exit code`. extend: gets the commands by name, to add what only its caller
+    has."""
     parser = Parser(prog=prog, description="Download, run and look inside large language models.")
     parser.add_argument("--version", action="version", version=f"llmkit {__version__}")
     parser.set_defaults(handler=lambda args: parser.print_help())
     commands = parser.add_subparsers(metavar="COMMAND", title="commands")
     for family in FAMILIES:
         family.add(commands)
+    if extend:
+        extend(commands.choices)
     return parser

@@ -44,8 +44,10 @@ class EngineClient(Protocol):
     died under the request; QueueFullError when too many wait.
     """
 
-    tokenizer: Tokenizer
-    facts: EngineFacts
+    @property
+    def tokenizer(self) -> Tokenizer: ...
+    @property
+    def facts(self) -> EngineFacts: ...
 
     def stream(
         self, prompt: TokenPrompt, params: SamplingParams, *, request_id: str, priority: int = 0

@@ -1,0 +1,1 @@
+"""vLLM's module names, for commands that were written for it."""

@@ -1,0 +1,90 @@
+"""One of several fronts, in a process of its own: does what its launcher says, ends when its launcher does."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+from llmkit.server.front import HttpFront
+from llmkit.server.lifeline import when_stdin_closes
+from llmkit.server.serve_options import Plan
+from llmkit.server.wire import BeFront, Channel, EngineGone, FrontUp, NewEngine, Stage, Stop
+
+
+class FrontServer:
+    """Hears the launcher."""
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+        self._front: HttpFront | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._ended = asyncio.Event()
+
+    async def run(self) -> None:
+        """Until told to stop. (The launcher's end is noticed by `lifeline`.)"""
+        asyncio.get_running_loop().add_reader(self._channel, self._hear)
+        await self._ended.wait()
+        for task in self._tasks:
+            if task.done():
+                task.result()
+
+    def _hear(self) -> None:
+        for message in self._channel.receive():
+            if isinstance(message, BeFront):
+                self._begin(message)
+            elif self._front is not None:
+                self._obey(self._front, message)
+
+    def _begin(self, order: BeFront) -> None:
+        plan = Plan.from_plain(order.plan)
+        logging.basicConfig(level=plan.serving.log_level.upper() if plan.serving.log_level != "trace" else "DEBUG")
+        self._front = HttpFront(plan, self._channel.take_socket(), order.number, order.count)
+        self._do(self._serve(self._front), then_end=True)
+        self._do(self._get_ready(self._front, Path(order.folder)))
+
+    def _obey(self, front: HttpFront, message: Any) -> None:
+        if isinstance(message, Stage):
+            front.link.stage = message.name
+        elif isinstance(message, NewEngine):
+            front.connect_engine(self._channel.take_socket(), message.ready)
+        elif isinstance(message, EngineGone):
+            front.lose_engine(message.why)
+        elif isinstance(message, Stop):
+            self._do(front.stop(message.seconds))
+
+    async def _serve(self, front: HttpFront) -> None:
+        await front.serve()
+
+    async def _get_ready(self, front: HttpFront, home: Path) -> None:
+        await front.read_tokenizer(home)
+        await front.up.wait()
+        self._channel.send(FrontUp())
+
+    def _do(self, work: Any, then_end: bool = False) -> None:
+        """Begin a task. One that fails ends this process: its launcher starts another."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+
+        def done(task: asyncio.Task[None]) -> None:
+            if then_end or task.cancelled() or task.exception():
+                self._ended.set()
+
+        task.add_done_callback(done)
+
+
+def main() -> None:
+    """`python -m llmkit.server.front_process FD`: FD is the socket to the launcher."""
+    when_stdin_closes(lambda: os._exit(0))
+    for number in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group; the launcher decides what they mean
+        signal.signal(number, signal.SIG_IGN)
+    asyncio.run(FrontServer(Channel(socket.socket(fileno=int(sys.argv[1])))).run())
+
+
+if __name__ == "__main__":
+    main()
