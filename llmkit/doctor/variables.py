@@ -15,6 +15,7 @@ KNOWN = {
     "LLMKIT_HUBS": "hubs that a plain id is looked up in, in order",
     "LLMKIT_OFFLINE": "true: nobody is contacted, models come from the disk",
     "LLMKIT_RESULTS": "file that notebook checks and records are added to",
+    "LLMKIT_RUN_DIR": "folder of the records and logs of servers",
     "LLMKIT_USE_MODELSCOPE": "true: ModelScope alone; false: Hugging Face alone",
     "LLMKIT_WIDGETS": "0: pictures instead of live views",
     "VLLM_USE_MODELSCOPE": "as LLMKIT_USE_MODELSCOPE",

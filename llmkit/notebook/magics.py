@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmkit import cli
 from llmkit.hub.cache import size_text
+from llmkit.notebook import server_magics
 
 if TYPE_CHECKING:
     from llmkit.doctor import Report
@@ -35,10 +36,12 @@ def load(shell: Any) -> None:
 
 def llmkit(line: str, cell: str | None = None) -> Any:
     """Download, run, serve and look inside large language models. `%llmkit --help` lists the commands."""
+    words = _words(line)
     try:
-        args = cli.parse(_words(line), PROG)
+        args = cli.parse(words, PROG, server_magics.extend)
     except SystemExit:  # argparse has shown the help or the version
         return None
+    args.words = words
     command = args.leaf.prog.removeprefix(PROG).strip()
     if cell is not None:
         if command not in CELLS:
@@ -130,8 +133,8 @@ class Models(list["Model"]):
         return f"<table><tr>{head}</tr>{''.join(f'<tr>{row}</tr>' for row in cells)}</table>"
 
 
-LINES: dict[str, Callable[[argparse.Namespace], Any]] = {"doctor": _doctor, "pull": _pull, "list": _list}
-CELLS: dict[str, Callable[[argparse.Namespace, str], Any]] = {}
+LINES: dict[str, Callable[[argparse.Namespace], Any]] = {"doctor": _doctor, "pull": _pull, "list": _list} | server_magics.LINES
+CELLS: dict[str, Callable[[argparse.Namespace, str], Any]] = server_magics.CELLS
 
 
 # ---- tab completion
@@ -141,7 +144,7 @@ def complete(line: str) -> list[str]:
     """What may stand where the line `%llmkit ...` ends: commands, options, or the values of the option before."""
     _, *words = line.lstrip("%").split(" ")
     *before, word = words or [""]
-    parser, last = cli.build_parser(PROG), ""
+    parser, last = cli.build_parser(PROG, server_magics.extend), ""
     for last in filter(None, before):
         parser = cli.subcommands(parser).get(last, parser)
     return sorted(c for c in _candidates(parser, last, word.startswith("-")) if c.startswith(word))

@@ -198,7 +198,7 @@ def current_kernel(environment: Mapping[str, str]) -> Any:
 def _kernel_environment(results: Path) -> dict[str, str]:
     """The kernel imports the very llmkit that is running here, draws reproducibly, and shows widgets as their static twins."""
     return {
-        "PYTHONPATH": os.pathsep.join([*_checkout_roots(), *filter(None, [os.environ.get("PYTHONPATH")])]),
+        "PYTHONPATH": os.pathsep.join([*checkout_roots(), *filter(None, [os.environ.get("PYTHONPATH")])]),
         "MATPLOTLIBRC": str(Path(__file__).with_name("matplotlibrc")),
         "SOURCE_DATE_EPOCH": os.environ.get("SOURCE_DATE_EPOCH", "0"),  # matplotlib dates its SVG by it
         "LLMKIT_WIDGETS": "0",
@@ -206,7 +206,7 @@ def _kernel_environment(results: Path) -> dict[str, str]:
     }
 
 
-def _checkout_roots() -> list[str]:
+def checkout_roots() -> list[str]:
     """The import roots of the checkout this llmkit runs from; none when it is installed as a wheel."""
     house = Path(llmkit.__file__).resolve().parents[1]
     return [str(house), str(house / "kernels")] if (house / "pyproject.toml").exists() else []
