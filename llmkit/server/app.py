@@ -11,7 +11,7 @@ from fastapi.middleware.cors import CORSMiddleware
 from starlette.responses import HTMLResponse
 
 import llmkit
-from llmkit.server import chat_completions, completions, embeddings, metrics, models, tokenize
+from llmkit.server import chat_completions, completions, embeddings, metrics, models, page, tokenize
 from llmkit.server.engine_client import EngineClient
 from llmkit.server.errors import Body, install_error_handlers
 from llmkit.server.metered import CountRequests, Metered
@@ -25,6 +25,7 @@ ROUTERS: tuple[Callable[[EngineClient, ServerOptions], APIRouter], ...] = (
     tokenize.router,
     embeddings.router,
     metrics.router,
+    page.router,
 )
 # Beginning of a path -> its API's error object, where that is not OpenAI's.
 ERROR_FORMS: Mapping[str, Callable[[BaseException], Body]] = {}
