@@ -67,10 +67,11 @@ def silu_mul_pairs(x: Tensor) -> Tensor:
     return activation.silu_mul_pairs(x)
 
 
-def describe(device: torch.device, dtype: torch.dtype) -> str:
-    """One phrase for the start-up report."""
+def describe(device: torch.device, dtype: torch.dtype, attention: str = "") -> str:
+    """One phrase for the start-up report. attention: who computes it, where that is worth a word."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
     extra = ", Triton kernels" if has_kernels(device, dtype) else ""
     if device.type == "cpu" and dtype == torch.bfloat16 and cpu_supports_bf16():
         extra = ", oneDNN bf16"
+    extra += f", attention: {attention}" if attention else ""
     return f"torch {torch.__version__} on {name}{extra}, {str(dtype).removeprefix('torch.')}"

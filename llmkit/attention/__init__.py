@@ -1,6 +1,7 @@
 """Attention back ends behind one interface: a back end prepares a step once, and every layer then asks that step to attend.
 
-reference: plain torch, any device. triton: our kernels, on a GPU.
+reference: plain torch, any device. triton: our kernels, on a GPU. varlen: torch's flash attention over blocks, on a GPU.
+flash: flash_attn for prompts beside our kernels for decoding. choice: which of them, and why.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from torch import Tensor
 from llmkit import ops
 
 if TYPE_CHECKING:
+    from llmkit.attention.choice import Choice
     from llmkit.engine.batch import Batch
     from llmkit.layers.attention import Attention
     from llmkit.layers.rotary import RotaryEmbedding
@@ -40,12 +42,24 @@ def fits_kernels(head_dim: int, rotary: RotaryEmbedding) -> bool:
     return head_dim in (32, 64, 128, 256) and rotary.cos.shape[1] == head_dim
 
 
-def create_backend(kv_cache: Tensor, rotary: RotaryEmbedding, windows: set[int | None]) -> Backend:
-    """The best back end for the cache's device."""
-    if ops.has_kernels(kv_cache.device, kv_cache.dtype) and fits_kernels(kv_cache.shape[-1], rotary):
+def create_backend(
+    kv_cache: Tensor, rotary: RotaryEmbedding, windows: set[int | None], choice: Choice | None = None
+) -> Backend:
+    """The back end that was chosen; without a choice, our kernels or plain torch."""
+    fits = ops.has_kernels(kv_cache.device, kv_cache.dtype) and fits_kernels(kv_cache.shape[-1], rotary)
+    name = choice.name if choice else "triton" if fits else "torch"
+    if name == "triton":
         from llmkit.attention.triton import TritonBackend
 
         return TritonBackend(kv_cache, rotary)
+    if name == "flash_attn":
+        from llmkit.attention.flash import FlashBackend
+
+        return FlashBackend(kv_cache, rotary)
+    if choice and choice.paged:
+        from llmkit.attention.varlen import VarlenBackend
+
+        return VarlenBackend(kv_cache, rotary, windows)
     from llmkit.attention.reference import ReferenceBackend
 
     return ReferenceBackend(kv_cache, rotary, windows)

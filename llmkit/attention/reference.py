@@ -55,5 +55,8 @@ class ReferenceStep:
         q, k = qk[:, :heads], qk[:, heads:]
         k_cache, v_cache = self.kv_cache[layer.layer].unbind(0)
         reference.write_kv(k, v, k_cache, v_cache, self.rows)
-        out = reference.paged_attention(q, k, v, k_cache, v_cache, self.plans[layer.window], dim**-0.5)
-        return out.view(qkv.shape[0], heads * dim)
+        return self._attend(layer, q, k, v, k_cache, v_cache).reshape(qkv.shape[0], heads * dim)
+
+    def _attend(self, layer: Attention, q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor) -> Tensor:
+        """q [T, H, D] over what is cached, the step's own keys and values among it -> [T, H, D]."""
+        return reference.paged_attention(q, k, v, k_cache, v_cache, self.plans[layer.window], layer.head_dim**-0.5)

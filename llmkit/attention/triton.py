@@ -80,13 +80,18 @@ class TritonStep:
         )  # fmt: skip
 
     def _prefill(self, layer: Attention, qkv: Tensor) -> Tensor:
-        n, runs = self.num_decodes, self.runs
-        assert runs is not None  # the caller has looked
+        n = self.num_decodes
         k_cache, v_cache = self.kv_cache[layer.layer].unbind(0)
         heads = qkv.view(qkv.shape[0], -1, layer.head_dim)
         q = rope_cache(heads, layer.norms, self._tables(layer), self.positions[n:], self.slots[n:], k_cache, v_cache)
+        return self._attend_runs(layer, q, k_cache, v_cache)
+
+    def _attend_runs(self, layer: Attention, q: Tensor, k_cache: Tensor, v_cache: Tensor) -> Tensor:
+        """Prompt tokens q [n, H, D], rotated, over the cache, which holds their own keys too -> [n, H, D]."""
+        runs = self.runs
+        assert runs is not None
         return kernels.prefill(
-            q, k_cache, v_cache, runs.cu_seqlens, runs.context_lens, self.block_tables[n:], runs.tiles,
+            q, k_cache, v_cache, runs.cu_seqlens, runs.context_lens, self.block_tables[self.num_decodes :], runs.tiles,
             layer.head_dim**-0.5, layer.window,
         )  # fmt: skip
 

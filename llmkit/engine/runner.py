@@ -52,7 +52,7 @@ class Runner:
         self.model, self.device = model, device
         shape = (c.num_layers, 2, num_blocks, c.num_kv_heads, rows.block_size, c.head_dim)
         self.kv_cache = _zeros(shape, dtype, device)
-        self.backend = create_backend(self.kv_cache, model.rotary, set(c.windows))
+        self.backend = create_backend(self.kv_cache, model.rotary, set(c.windows), model.attention)
         self.input_ids, self.positions, self.slot_mapping = torch.zeros(3, max_tokens, dtype=torch.int64, device=device).unbind(0)
         self.last_token = torch.zeros(len(rows.requests), dtype=torch.int64, device=device)
         self.attach(rows)
@@ -142,7 +142,8 @@ def create_runner(
     model: Decoder, rows: Rows, num_blocks: int, max_tokens: int, dtype: torch.dtype, enforce_eager: bool = False
 ) -> Runner:
     """The quickest runner for the model's device: graphs of our kernels on a GPU, else plain torch."""
-    if ops.has_kernels(model.device, dtype):
+    in_torch = model.attention is not None and model.attention.name == "torch"
+    if ops.has_kernels(model.device, dtype) and not in_torch:
         from llmkit.engine.cuda_runner import CudaRunner
         from llmkit.models.fused_decode import FusedDecode
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 
 from llmkit import ops
+from llmkit.attention.choice import choose
 from llmkit.config import EngineConfig
 from llmkit.engine.engine import Engine
 from llmkit.engine.memory import device_used, plan_memory
@@ -88,17 +90,22 @@ def start_engine(config: EngineConfig, report: StartupReport | None = None) -> S
         with report.stage("device"):
             device = choose_device(config.device)
             dtype = choose_dtype(config.dtype, model_config.dtype, device)
+            attention = choose(config.attention_backend, device, dtype, model_config, config.block_size)
+            config = dataclasses.replace(config, block_size=attention.block_size)
             used_before = device_used(device)
         if reading.done():
             reading.result()  # a folder without a tokenizer is told before the weights are read
         with report.stage("weights"):
             model = _load(config, model_config, folder, dtype, device, report)
+            model.attention = attention
         with report.stage("tokenizer"):
             tokenizer, seconds = reading.result()
         report.facts["tokenizer"] = f"read in {seconds:.2f} s beside the stages before"
     with report.stage("KV cache"):
         engine = _build(config, model, dtype, used_before, tokenizer)
-    report.facts |= {"model": str(folder), "runs on": ops.describe(device, dtype)}
+    plain = attention.name == ("torch" if device.type == "cpu" else "triton")
+    report.facts |= {"model": str(folder), "runs on": ops.describe(device, dtype, "" if plain else attention.name)}
+    report.facts["attention"] = str(attention)
     generation = folder / "generation_config.json"
     defaults = read_json(generation) if generation.exists() else {}
     return Started(config, model_config, folder, tokenizer, engine, defaults, report)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from llmkit import ops
 from llmkit.attention import Step
+from llmkit.attention.choice import Choice
 from llmkit.layers.attention import Attention
 from llmkit.layers.embedding import Embedding, LMHead
 from llmkit.layers.linear import Linear
@@ -40,6 +41,7 @@ class Decoder:
     """Embedding, layers, final norm, output matrix. Built straight from a weight source: no empty model is made first.
 
     reader: fills the parameters when it is run, after this; without one they are filled here.
+    attention: who computes it; None is our kernels where they can, else plain torch.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class Decoder:
         reader: Reader | None = None,
     ) -> None:
         self.config, self.device = config, device
+        self.attention: Choice | None = None
         load = _Loader(config, weights, dtype, device, reader)
         self.rotary = RotaryEmbedding(config.rope, max_len, dtype, device)
         embedding = load.tensor("model.embed_tokens.weight", config.vocab_size, config.hidden_size)
