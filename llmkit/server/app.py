@@ -11,7 +11,7 @@ from fastapi.middleware.cors import CORSMiddleware
 from starlette.responses import HTMLResponse
 
 import llmkit
-from llmkit.server import chat_completions, completions, embeddings, metrics, models, page, tokenize
+from llmkit.server import chat_completions, completions, embeddings, metrics, models, page, responses, tokenize
 from llmkit.server.engine_client import EngineClient
 from llmkit.server.errors import Body, install_error_handlers
 from llmkit.server.metered import CountRequests, Metered
@@ -24,6 +24,7 @@ ROUTERS: tuple[Callable[[EngineClient, ServerOptions], APIRouter], ...] = (
     completions.router,
     tokenize.router,
     embeddings.router,
+    responses.router,
     metrics.router,
     page.router,
 )
