@@ -66,7 +66,7 @@ class Child:
             self.process.stdin.close()
         self.channel.close()
         try:
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(1):
                 await self.process.wait()
         except TimeoutError:
             self.process.kill()

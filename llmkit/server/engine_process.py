@@ -88,14 +88,11 @@ class EngineServer:
         self._selector.register(control, selectors.EVENT_READ, None)
 
     def run(self) -> None:
-        """Serve; returns when the supervisor is gone."""
-        try:
-            while True:
-                self._read_mail()
-                self._step()
-                self._report()
-        except Gone:
-            return
+        """Serve, until Gone says that the supervisor is."""
+        while True:
+            self._read_mail()
+            self._step()
+            self._report()
 
     # ---- mail
 
@@ -283,10 +280,20 @@ def main() -> None:
         signal.signal(number, signal.SIG_IGN)
     control = Channel(socket.socket(fileno=int(sys.argv[1])))
     try:
+        _start_and_run(control, begin)
+    except Gone:
+        sys.exit(0)
+
+
+def _start_and_run(control: Channel, begin: float) -> None:
+    """Until Gone says that the supervisor is; a failed start exits with 1."""
+    try:
         server = _start(control, begin)
     except LlmkitError as e:
         control.send(Failed(type(e).__name__, e.message, e.hint))
         sys.exit(1)
+    except Gone:
+        raise
     except Exception as e:
         traceback.print_exc()
         control.send(Failed("EngineError", f"the engine could not start: {type(e).__name__}: {e}", "the log has its traceback"))

@@ -14,7 +14,7 @@ from typing import Any
 from llmkit.server.front import HttpFront
 from llmkit.server.lifeline import when_stdin_closes
 from llmkit.server.serve_options import Plan
-from llmkit.server.wire import BeFront, Channel, EngineGone, FrontUp, NewEngine, Stage, Stop
+from llmkit.server.wire import BeFront, Channel, EngineGone, FrontUp, Gone, NewEngine, Stage, Stop
 
 
 class FrontServer:
@@ -27,7 +27,7 @@ class FrontServer:
         self._ended = asyncio.Event()
 
     async def run(self) -> None:
-        """Until told to stop. (The launcher's end is noticed by `lifeline`.)"""
+        """Until told to stop, or the launcher is gone (which `lifeline` notices, too, whatever this loop does)."""
         asyncio.get_running_loop().add_reader(self._channel, self._hear)
         await self._ended.wait()
         for task in self._tasks:
@@ -35,7 +35,12 @@ class FrontServer:
                 task.result()
 
     def _hear(self) -> None:
-        for message in self._channel.receive():
+        try:
+            messages = self._channel.receive()
+        except Gone:
+            self._ended.set()
+            return
+        for message in messages:
             if isinstance(message, BeFront):
                 self._begin(message)
             elif self._front is not None:

@@ -89,6 +89,7 @@ class EngineLink:
         self.stage: str | None = "import"
         self.info: dict[str, Any] = {}
         self._tokenizer: Tokenizer | None = None
+        self._early: tuple[Channel, Ready] | None = None  # an engine that came before the tokenizer
         self._facts: EngineFacts | None = None
         self._builder: RequestBuilder | None = None
         self._channel: Channel | None = None
@@ -109,6 +110,8 @@ class EngineLink:
     @tokenizer.setter
     def tokenizer(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
+        if self._early is not None:
+            self.connect(*self._early)
 
     @property
     def facts(self) -> EngineFacts:
@@ -233,6 +236,9 @@ class EngineLink:
     def connect(self, channel: Channel, ready: Ready) -> None:
         """A ready engine."""
         self.disconnect("another one takes its place")
+        if self._tokenizer is None:
+            self._early = (channel, ready)
+            return
         rules = Rules(**{**ready.rules, "eos_ids": tuple(ready.rules["eos_ids"])})
         self._facts, self.info, self.stage = EngineFacts(**ready.facts), ready.info, None
         first = next(self._handles) * self._count + self._number  # beyond all numbers that were used before
@@ -243,6 +249,7 @@ class EngineLink:
     def disconnect(self, why: str) -> None:
         """No engine from now on; who waits for it gets EngineUnavailableError."""
         self.why, self.stage = why, self.stage or "restart"
+        self._early = None
         if self._channel is None:
             return
         loop = asyncio.get_running_loop()

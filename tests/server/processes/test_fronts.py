@@ -1,0 +1,86 @@
+"""Several fronts on one port."""
+
+from __future__ import annotations
+
+import httpx
+import psutil
+import pytest
+
+
+@pytest.fixture(scope="module")
+def pair(start_once):
+    return start_once("--api-server-count", "2")
+
+
+def processes(server):
+    family = server.remember()
+    named = {p: " ".join(p.cmdline()) for p in family}
+    fronts = [p for p, words in named.items() if "front_process" in words]
+    (engine,) = [p for p, words in named.items() if "engine_process" in words]
+    return fronts, engine
+
+
+def ask_both(server, path="/server_info"):
+    """pid -> answer, by connections of their own until both fronts have been met."""
+    met = {}
+    server.until("both fronts", lambda: met.update({a["pid"]: a for a in [httpx.get(server.url + path).json()]}) or len(met) == 2)
+    return met
+
+
+def test_both_answer_and_say_the_same(pair):
+    fronts, _ = processes(pair)
+    assert set(ask_both(pair)) == {f.pid for f in fronts}
+    assert len({pair.complete(max_tokens=20)["choices"][0]["text"] for _ in range(6)}) == 1
+
+
+def test_no_front_imports_torch(pair):
+    for front in processes(pair)[0]:
+        assert not any("libtorch" in m.path for m in front.memory_maps())
+
+
+def test_one_that_is_killed_takes_only_its_own_requests_and_is_replaced(pair):
+    fronts, engine = processes(pair)
+    with pair.stream(max_tokens=1900) as response:
+        reader = pair.events(response)
+        next(reader)
+        owner = next(f for f in fronts if any(c.raddr and c.status == "ESTABLISHED" for c in f.net_connections("tcp")))
+        other = next(f for f in fronts if f != owner)
+        other.kill()
+        assert sum(1 for _ in reader) > 1000
+    pair.until("two fronts", lambda: len(processes(pair)[0]) == 2 and other not in processes(pair)[0])
+    assert len(ask_both(pair)) == 2
+    for fact in ask_both(pair).values():
+        assert fact["healthy"]
+    assert engine.is_running()
+
+
+def test_the_engine_frees_what_a_killed_front_had_asked_for(pair):
+    fronts, engine = processes(pair)
+    before = engine.pid
+    with pair.stream(max_tokens=2000) as response:
+        reader = pair.events(response)
+        next(reader)
+        for front in fronts:
+            front.kill()
+        with pytest.raises(httpx.RemoteProtocolError):
+            list(reader)
+    pair.until("fronts", lambda: len(processes(pair)[0]) == 2)
+    pair.until("health", pair.healthy)
+    pair.until("free blocks", lambda: pair.stats().get("running") == 0, 5)
+    assert processes(pair)[1].pid == before
+
+
+def test_an_engine_that_is_killed_is_replaced_for_both(pair):
+    _, engine = processes(pair)
+    engine.kill()
+    psutil.wait_procs([engine], 5)
+    pair.until("the news", lambda: all(not a["healthy"] or a["engine_pid"] != engine.pid for a in ask_both(pair).values()))
+    pair.until("health", lambda: all(a["healthy"] for a in ask_both(pair).values()))
+    assert len({a["engine_pid"] for a in ask_both(pair).values()} - {engine.pid}) == 1
+
+
+def test_they_end_together(start):
+    server = start("--api-server-count", "2").ready()
+    server.process.terminate()
+    assert server.wait(15) == 0
+    assert "Traceback" not in server.log.read_text()
