@@ -17,7 +17,7 @@ INSTALL_FONTS = "apt-get install -y fonts-noto-cjk   # macOS: brew install --cas
 
 def jupyter() -> list[Finding]:
     """The packages of the [notebook] extra, and whether Jupyter can start a kernel of this very Python."""
-    names = [r.name for r in requirements("notebook")]
+    names = [r.name for r in requirements("notebook") if r.name != "llmkit"]  # the extra includes [server]
     wrong = [name for name in names if missing(name, "notebook")]
     if wrong:
         return [warn("jupyter", f"missing or too old: {', '.join(wrong)}", install_extra("notebook"))]
