@@ -12,13 +12,13 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 
 from llmkit import __version__
-from llmkit.cli import batch, checks, generate, models, notebooks, serve, servers
+from llmkit.cli import batch, chat, checks, generate, models, notebooks, serve, servers
 from llmkit.cli.notebooks import Screen, result_line, show_path
 from llmkit.cli.parser import Parser, UsageError, subcommands
 from llmkit.errors import LlmkitError
 
 # a module a family of commands, in the order of `llmkit --help`
-FAMILIES = (notebooks, models, generate, serve, batch, servers, checks)
+FAMILIES = (notebooks, models, generate, chat, serve, batch, servers, checks)
 Extend = Callable[[Mapping[str, Parser]], None]
 __all__ = ["Parser", "Screen", "UsageError", "build_parser", "main", "parse", "result_line", "show_path", "subcommands"]
 

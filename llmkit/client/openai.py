@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, Generator, Iterator
 from contextlib import AbstractAsyncContextManager, aclosing
 from typing import Any
 
 import llmkit
 from llmkit.client.connection import Connections, Exchange, Piece
 from llmkit.errors import ServerError
+
+Event = dict[str, Any]  # the JSON of a server-sent event
 
 
 class Reply:
@@ -71,7 +73,7 @@ class OpenAIClient:
             response = exchange.response
             return Reply(response.status, response.headers, b"".join(data for _, data in exchange.pieces))
 
-    async def events(self, path: str, body: Any) -> AsyncIterator[dict[str, Any]]:
+    async def events(self, path: str, body: Any) -> AsyncGenerator[Event, None]:
         """POST, and the JSON of each server-sent event. Raises ServerError for an error, at the beginning or in the middle.
         Closing it early closes the connection, and so ends the request."""
         async with self.exchange(self.request("POST", path, to_json(body), stream=True)) as exchange:
@@ -101,7 +103,7 @@ class Events:
     def __init__(self) -> None:
         self._rest = b""
 
-    def feed(self, data: bytes) -> Iterator[dict[str, Any]]:
+    def feed(self, data: bytes) -> Iterator[Event]:
         """The events that are whole now; comments and `[DONE]` are none."""
         *lines, self._rest = (self._rest + data).split(b"\n")
         for line in lines:
@@ -109,7 +111,7 @@ class Events:
                 yield json.loads(text)
 
 
-def timed_events(pieces: list[Piece]) -> Iterator[tuple[float, dict[str, Any]]]:
+def timed_events(pieces: list[Piece]) -> Iterator[tuple[float, Event]]:
     """(arrival, event) of a whole body; an event arrives with its last byte."""
     events = Events()
     for when, data in pieces:
@@ -117,7 +119,7 @@ def timed_events(pieces: list[Piece]) -> Iterator[tuple[float, dict[str, Any]]]:
             yield when, event
 
 
-def _checked(event: dict[str, Any]) -> dict[str, Any]:
+def _checked(event: Event) -> Event:
     """Servers that fail in the middle of a stream say so in an event."""
     if error := event.get("error"):
         raise ServerError(str(error.get("message", error)) if isinstance(error, dict) else str(error))
@@ -134,14 +136,14 @@ def to_json(body: Any) -> bytes:
     return json.dumps(body, ensure_ascii=False).encode("utf-8", "surrogatepass")
 
 
-def in_sync(events: AsyncIterator[dict[str, Any]], runner: asyncio.Runner) -> Iterator[dict[str, Any]]:
+def in_sync(events: AsyncGenerator[Event, None], runner: asyncio.Runner) -> Generator[Event, None, None]:
     """The same events for code that is not async. An interrupt closes them and goes on as KeyboardInterrupt."""
 
-    async def step() -> dict[str, Any] | None:
+    async def step() -> Event | None:
         return await anext(events, None)
 
     async def leave() -> None:
-        async with aclosing(events):  # type: ignore[type-var]  # an async generator, which an AsyncIterator need not be
+        async with aclosing(events):
             return
 
     try:
