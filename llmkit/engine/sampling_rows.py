@@ -18,6 +18,7 @@ from llmkit.sampling_params import SamplingParams, check_token_ids
 if TYPE_CHECKING:
     from llmkit.engine.grammar import Grammar
 
+_LEAST_TOP_P = 1e-30  # what is less would be 0 in float32, and leave no token at all
 GREEDY_BELOW = 1e-5  # a temperature under this is greedy, as in vLLM: dividing by it would overflow float32
 FEATURES: tuple[str, ...] = (
     "sampled", "filtered", "penalised", "allowed", "grammar", "banned", "phrases", "min_tokens", "bias", "logprobs",
@@ -131,7 +132,7 @@ class SamplingRows:
 
     def _set_numbers(self, row: int, params: SamplingParams, seed: int) -> None:
         self.temperature[row] = params.temperature
-        self.top_p[row], self.min_p[row] = params.top_p, params.min_p
+        self.top_p[row], self.min_p[row] = max(params.top_p, _LEAST_TOP_P), params.min_p
         self.top_k[row] = min(params.top_k or self.vocab_size, self.vocab_size)
         self.repetition_penalty[row] = params.repetition_penalty
         self.frequency_penalty[row], self.presence_penalty[row] = params.frequency_penalty, params.presence_penalty

@@ -21,7 +21,7 @@ from llmkit.server.engine_client import EngineClient, TokenPrompt
 from llmkit.server.errors import JsonResponse, refuse
 from llmkit.server.message import Message, MessageReader
 from llmkit.server.options import ServerOptions
-from llmkit.server.params import sampling_params, unknown_fields
+from llmkit.server.params import sampling_params, structure, unknown_fields
 from llmkit.server.protocol import ChatRequest
 from llmkit.server.reasoning import ThoughtSplitter, find_tags
 from llmkit.server.served import Served
@@ -49,7 +49,7 @@ def router(engine: EngineClient, options: ServerOptions) -> APIRouter:
 async def prepare(served: Served, model: str, body: ChatRequest) -> ChatCompletion:
     """Everything that can be refused is refused here, before the engine hears of it."""
     template = served.template_of(body)
-    tools = ToolUse.of(body, template, served.options)
+    tools = ToolUse.of(template, served.options, body.tools, body.tool_choice, body.parallel_tool_calls)
     prompt = await served.chat_prompt(body, tools.messages(body.messages), tools.for_template)
     prompt = served.fitted(prompt, "messages", body.truncate_prompt_tokens)
     return ChatCompletion(served, model, body, _params(served, body, tools), prompt, tools, template)
@@ -64,7 +64,7 @@ def _params(served: Served, body: ChatRequest, tools: ToolUse) -> SamplingParams
     own: dict[str, Any] = {"max_tokens": limit, "logprobs": (body.top_logprobs or 0) if body.logprobs else None}
     if tools.shows_special_tokens and body.skip_special_tokens is None:
         own["skip_special_tokens"] = False  # the parser has to see the marks
-    own["structured_outputs"] = tools.grammar(body)
+    own["structured_outputs"] = tools.grammar(structure(body))
     return sampling_params(served, body, **own)
 
 
@@ -112,11 +112,16 @@ class ChatCompletion:
             "id": self.id, "object": "chat.completion", "created": self.created, "model": self.model,
             "choices": [self._choice(a) for a in output.outputs], "usage": usage_of([output]), "system_fingerprint": None,
         }  # fmt: skip
+        return whole | self.about_prompt(output)
+
+    def about_prompt(self, output: RequestOutput) -> dict[str, Any]:
+        """What was asked about the prompt."""
+        about: dict[str, Any] = {}
         if self.body.prompt_logprobs is not None:
-            whole["prompt_logprobs"] = prompt_logprobs(output, self.writer.text)
+            about["prompt_logprobs"] = prompt_logprobs(output, self.writer.text)
         if self.body.return_token_ids:
-            whole["prompt_token_ids"] = output.prompt_token_ids
-        return whole
+            about["prompt_token_ids"] = output.prompt_token_ids
+        return about
 
     def _choice(self, done: CompletionOutput) -> dict[str, Any]:
         reader, message = self.reader(), Message(self.role, self.echo)
@@ -180,7 +185,8 @@ class _Telling:
         output = chunk.output() if chunk.output and (chunk.finish_reason or not self._begun[i]) else None
         if output:
             self._cached = output.num_cached_tokens
-        choices = [] if self._begun[i] else self._opening(i, output)
+        about = job.about_prompt(output) if output and not any(self._begun) else {}
+        choices = [] if self._begun[i] else self._opening(i)
         events = self._readers[i].push(chunk.text)
         if chunk.finish_reason:
             events += self._readers[i].finish()
@@ -193,9 +199,9 @@ class _Telling:
         if chunk.finish_reason:
             choices.append(self._last(i, chunk, output))
         self._attach(choices, logprobs, chunk)
-        return b"".join(map(self._frame, choices))
+        return b"".join([self._frame(c, about if n == 0 else {}) for n, c in enumerate(choices)])
 
-    def _opening(self, i: int, output: RequestOutput | None) -> list[dict[str, Any]]:
+    def _opening(self, i: int) -> list[dict[str, Any]]:
         job = self._job
         self._begun[i] = True
         first = self._choice(i, {"role": job.role, "content": ""})
@@ -218,8 +224,8 @@ class _Telling:
         if self._job.body.return_token_ids:
             choices[-1]["token_ids"] = chunk.token_ids
 
-    def _frame(self, choice: dict[str, Any]) -> bytes:
-        event: dict[str, Any] = {**self.envelope, "choices": [choice]}
+    def _frame(self, choice: dict[str, Any], about: dict[str, Any]) -> bytes:
+        event: dict[str, Any] = {**self.envelope, "choices": [choice], **about}
         if self._counts:
             event["usage"] = usage(len(self._job.prompt.ids), self._written) if self._continuous else None
         return frame(event)

@@ -28,6 +28,7 @@ _TYPES = {400: "invalid_request_error", 401: "authentication_error", 403: "permi
           405: "invalid_request_error", 408: "timeout_error", 413: "request_too_large", 415: "invalid_request_error",
           429: "rate_limit_error", 503: "service_unavailable_error", 504: "timeout_error"}  # fmt: skip
 _CODES = {413: "request_too_large", 415: "unsupported_media_type", 503: "service_unavailable", 504: "request_timeout"}
+_ALTERNATIVES = ("str", "int", "float", "bool", "dict", "list")
 Body = dict[str, Any]
 
 
@@ -111,10 +112,11 @@ def _of_validation(error: RequestValidationError) -> HttpError:
     """pydantic's first complaint, with the path of the field: messages[0].role."""
     first = error.errors()[0]
     param = _path(first["loc"][1:]) or None
-    where = f"{param}: " if param else ""
-    return refuse(f"{where}{str(first['msg'])[:500]}", param)
+    said = str(first["msg"])[:500]
+    return refuse(f"{param}: {said[:1].lower()}{said[1:]}" if param else f"the request body: {said}", param)
 
 
 def _path(loc: tuple[Any, ...]) -> str:
-    parts = [f"[{p}]" if isinstance(p, int) else f".{p}" for p in loc if isinstance(p, int) or "[" not in str(p)]
+    """Of a union pydantic also tells the alternative (stop.str, stop.list[str]), which is no field."""
+    parts = [f"[{p}]" if isinstance(p, int) else f".{p}" for p in loc if p not in _ALTERNATIVES and "[" not in str(p)]
     return "".join(parts).removeprefix(".")[:200]

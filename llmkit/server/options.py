@@ -52,7 +52,8 @@ class ServerOptions:
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
-            value, meta = getattr(self, f.name), f.metadata
+            value: Any = getattr(self, f.name)
+            meta = f.metadata
             if meta["choices"] and value is not None and value not in meta["choices"]:
                 raise ConfigError(f"{f.name} must be one of {', '.join(meta['choices'])}; got {value!r}")
             if meta["at_least"] is not None and value is not None and not value >= meta["at_least"]:

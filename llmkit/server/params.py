@@ -12,6 +12,7 @@ from llmkit.sampling_params import SamplingParams, StructuredOutputs
 from llmkit.server.errors import refuse
 from llmkit.server.protocol import GenerationBody, RequestBody
 from llmkit.server.served import Served
+from llmkit.server.tools.schema import closed
 
 log = logging.getLogger("llmkit.server")
 IGNORED_HEADER = "X-Llmkit-Ignored"
@@ -125,4 +126,4 @@ def _of_format(given: dict[str, Any] | None) -> dict[str, Any] | None:
     schema = named.get("schema") if isinstance(named, dict) else None
     if not isinstance(schema, dict):
         raise refuse("response_format.json_schema needs {'name': ..., 'schema': {...}}", "response_format.json_schema")
-    return {"json": schema}
+    return {"json": closed(schema)}  # OpenAI asks that the schema itself says so; a model that may add properties adds no end

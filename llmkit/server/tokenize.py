@@ -12,6 +12,7 @@ from llmkit.server.options import ServerOptions
 from llmkit.server.params import unknown_fields
 from llmkit.server.protocol import DetokenizeRequest, TokenizeRequest
 from llmkit.server.served import Served
+from llmkit.server.tools import ToolUse
 
 
 def router(engine: EngineClient, options: ServerOptions) -> APIRouter:
@@ -42,4 +43,5 @@ async def _encoded(served: Served, body: TokenizeRequest) -> TokenPrompt:
         raise refuse("give prompt or messages", "prompt", "one of the two, not both")
     if body.prompt is not None:
         return await served.encode(body.prompt, body.add_special_tokens is not False)
-    return await served.chat_prompt(body, body.messages, body.tools)
+    tools = ToolUse.of(served.template_of(body), served.options, body.tools)
+    return await served.chat_prompt(body, tools.messages(body.messages), tools.for_template)

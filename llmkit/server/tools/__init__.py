@@ -12,12 +12,9 @@ from llmkit.sampling_params import StructuredOutputs
 from llmkit.server.errors import refuse
 from llmkit.server.message import CallIds, Parser
 from llmkit.server.options import ServerOptions
-from llmkit.server.params import structure
-from llmkit.server.protocol import ChatRequest
 from llmkit.server.tools.in_text import with_tools_in_text
 from llmkit.server.tools.parsers import PARSERS, OneCall, required
-
-Tool = dict[str, Any]
+from llmkit.server.tools.schema import Tool, arguments_schema, calls_schema
 
 
 def detect_parser(template: str) -> str | None:
@@ -48,18 +45,15 @@ class ToolUse:
     parallel: bool = True
 
     @classmethod
-    def of(cls, body: ChatRequest, template: str, options: ServerOptions) -> ToolUse:
-        """Read and check `tools`, `tool_choice` and `parallel_tool_calls`."""
-        tools = _tools(body.tools)
-        in_text = "tools" not in template
-        choice, named, tools = _choice(body.tool_choice, tools)
-        explicit = body.tool_choice is not None
-        if choice == "auto" and not options.enable_auto_tool_choice:
-            raise refuse('tool_choice "auto" is switched off on this server', "tool_choice" if explicit else "tools",
+    def of(cls, template: str, options: ServerOptions, tools: Any, choice: Any = None, parallel: bool | None = None) -> ToolUse:
+        """Read and check a request's `tools`, `tool_choice` and `parallel_tool_calls`."""
+        chosen, named, allowed = _choice(choice, _tools(tools))
+        if chosen == "auto" and not options.enable_auto_tool_choice:
+            raise refuse('tool_choice "auto" is switched off on this server', "tools" if choice is None else "tool_choice",
                          "start it with --enable-auto-tool-choice, or name the tool")  # fmt: skip
-        parser = "hermes" if in_text else options.tool_call_parser or detect_parser(template)
-        parser = options.tool_call_parser or parser
-        return cls(tools, choice, named, parser, in_text, body.parallel_tool_calls is not False)
+        in_text = "tools" not in template
+        parser = options.tool_call_parser or ("hermes" if in_text else detect_parser(template))
+        return cls(allowed, chosen, named, parser, in_text, parallel is not False)
 
     @property
     def for_template(self) -> list[Tool] | None:
@@ -87,19 +81,16 @@ class ToolUse:
             found = PARSERS[self.parser_name](names, ids)
         return found if found is None or self.parallel else FirstCall(found)
 
-    def grammar(self, body: ChatRequest) -> StructuredOutputs | None:
-        """The language of the answer: that of the calls when one must be made, else what the request says."""
-        asked = structure(body)
+    def grammar(self, asked: StructuredOutputs | None) -> StructuredOutputs | None:
+        """The language of the answer: that of the calls when one must be made, else what the request asked for."""
         if self.choice not in ("required", "named"):
             return asked
         if asked is not None:
             raise refuse("response_format and a required tool call exclude each other", "tool_choice", "drop one of the two")
         if self.named is not None:
-            schema = _schema(next(t for t in self.tools if t["function"]["name"] == self.named))
+            schema = arguments_schema(next(t for t in self.tools if t["function"]["name"] == self.named))
         else:
-            schema = {"type": "array", "minItems": 1, "items": {"anyOf": [_call_schema(t) for t in self.tools]}}
-            schema |= {} if self.parallel else {"maxItems": 1}
-            schema |= _lifted_definitions(self.tools)
+            schema = calls_schema(self.tools, self.parallel)
         return StructuredOutputs(json=json.dumps(schema))
 
 
@@ -192,29 +183,3 @@ def _must_have(name: Any, tools: tuple[Tool, ...]) -> None:
     if name not in known:
         among = ", ".join(known)[:500] or "none"
         raise refuse(f"tool_choice names {str(name)[:100]!r}, which is not among the tools ({among})", "tool_choice")
-
-
-# --- the grammar of required calls -------------------------------------------------------------------------------------
-
-
-def _schema(tool: Tool) -> dict[str, Any]:
-    """The JSON schema of a tool's arguments; without one, an object with anything."""
-    return dict(tool["function"].get("parameters") or {"type": "object", "properties": {}})
-
-
-def _call_schema(tool: Tool) -> dict[str, Any]:
-    parameters = {k: v for k, v in _schema(tool).items() if k not in ("$defs", "definitions")}
-    properties = {"name": {"const": tool["function"]["name"]}, "parameters": parameters}
-    return {"type": "object", "properties": properties, "required": ["name", "parameters"], "additionalProperties": False}
-
-
-def _lifted_definitions(tools: tuple[Tool, ...]) -> dict[str, Any]:
-    """Definitions of the tools' schemas at the top, where their "#/$defs/..." points to once they are part of a larger schema."""
-    lifted: dict[str, Any] = {}
-    for tool in tools:
-        for key in ("$defs", "definitions"):
-            own = _schema(tool).get(key)
-            for name, schema in own.items() if isinstance(own, Mapping) else ():
-                if lifted.setdefault(key, {}).setdefault(name, schema) != schema:
-                    raise refuse(f"two tools define {name!r} differently", "tools", f"rename it in one tool's {key}")
-    return lifted
