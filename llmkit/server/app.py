@@ -11,7 +11,7 @@ from fastapi.middleware.cors import CORSMiddleware
 from starlette.responses import HTMLResponse
 
 import llmkit
-from llmkit.server import chat_completions, completions, embeddings, metrics, models, page, responses, tokenize
+from llmkit.server import chat_completions, completions, embeddings, messages, metrics, models, page, responses, tokenize
 from llmkit.server.engine_client import EngineClient
 from llmkit.server.errors import Body, install_error_handlers
 from llmkit.server.metered import CountRequests, Metered
@@ -25,11 +25,12 @@ ROUTERS: tuple[Callable[[EngineClient, ServerOptions], APIRouter], ...] = (
     tokenize.router,
     embeddings.router,
     responses.router,
+    messages.router,
     metrics.router,
     page.router,
 )
 # Beginning of a path -> its API's error object, where that is not OpenAI's.
-ERROR_FORMS: Mapping[str, Callable[[BaseException], Body]] = {}
+ERROR_FORMS: Mapping[str, Callable[[BaseException], Body]] = {"/v1/messages": messages.anthropic_error}
 
 
 def create_app(engine: EngineClient, options: ServerOptions | None = None) -> FastAPI:
@@ -54,10 +55,10 @@ def create_app(engine: EngineClient, options: ServerOptions | None = None) -> Fa
 
 def _add_middleware(app: FastAPI, options: ServerOptions) -> None:
     """The last one added is the first that a request meets."""
-    app.add_middleware(BodyLimit, max_bytes=options.max_body_bytes)
+    app.add_middleware(BodyLimit, max_bytes=options.max_body_bytes, forms=ERROR_FORMS)
     if options.api_keys:
-        app.add_middleware(ApiKeys, keys=options.api_keys)
-    app.add_middleware(RequestIds)
+        app.add_middleware(ApiKeys, keys=options.api_keys, forms=ERROR_FORMS)
+    app.add_middleware(RequestIds, forms=ERROR_FORMS)
     app.add_middleware(
         CORSMiddleware,
         allow_origins=options.allowed_origins,

@@ -6,24 +6,25 @@ import hashlib
 import hmac
 import logging
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from fastapi import HTTPException
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from llmkit.server.errors import HttpError, error_response
+from llmkit.server.errors import Body, HttpError, error_body, error_response
 
 log = logging.getLogger("llmkit.server")
+Forms = Mapping[str, Callable[[BaseException], Body]]  # beginning of a path -> its API's error object, where it is not OpenAI's
 OPEN_PATHS = ("/health", "/ping", "/version", "/metrics", "/docs", "/openapi.json", "/", "/page/")  # no key is asked for these
 
 
 class RequestIds:
     """Gives every request an id (the client's own `X-Request-Id` where it sent one), and a clean 500 to what nobody caught."""
 
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
+    def __init__(self, app: ASGIApp, forms: Forms) -> None:
+        self._app, self._forms = app, forms
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -45,7 +46,7 @@ class RequestIds:
             if started:
                 raise
             log.exception("request %s failed", request_id)
-            await error_response(error)(scope, receive, send_with_id)
+            await error_response(error, form=_form(scope, self._forms))(scope, receive, send_with_id)
 
 
 def _clean_id(given: str | None) -> str:
@@ -56,8 +57,8 @@ def _clean_id(given: str | None) -> str:
 class ApiKeys:
     """401 to requests without one of the keys, as `Authorization: Bearer KEY` or Anthropic's `x-api-key: KEY`."""
 
-    def __init__(self, app: ASGIApp, keys: Iterable[str], open_paths: Iterable[str] = OPEN_PATHS) -> None:
-        self._app = app
+    def __init__(self, app: ASGIApp, keys: Iterable[str], forms: Forms, open_paths: Iterable[str] = OPEN_PATHS) -> None:
+        self._app, self._forms = app, forms
         self._digests = [_digest(key) for key in keys]
         self._open = tuple(open_paths)
 
@@ -66,7 +67,7 @@ class ApiKeys:
         if asked and not self._admits(Headers(scope=scope)):
             error = HttpError(401, "this server needs an API key, and none of its keys was sent",
                               "send the header Authorization: Bearer KEY", code="invalid_api_key")  # fmt: skip
-            return await error_response(error)(scope, receive, send)
+            return await error_response(error, form=_form(scope, self._forms))(scope, receive, send)
         await self._app(scope, receive, send)
 
     def _is_open(self, path: str) -> bool:
@@ -87,18 +88,23 @@ def _path(scope: Scope) -> str:
     return scope["path"].removeprefix(scope.get("root_path") or "") or "/"
 
 
+def _form(scope: Scope, forms: Forms) -> Callable[[BaseException], Body]:
+    return next((form for begin, form in forms.items() if _path(scope).startswith(begin)), error_body)
+
+
 class BodyLimit:
     """413 to bodies of more than `max_bytes`, whether they tell their length or not."""
 
-    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
-        self._app, self._max = app, max_bytes
+    def __init__(self, app: ASGIApp, max_bytes: int, forms: Forms) -> None:
+        self._app, self._max, self._forms = app, max_bytes, forms
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
         told = Headers(scope=scope).get("content-length", "")
         if told.isdigit() and len(told) < 20 and int(told) > self._max:
-            return await error_response(self._too_large(told))(scope, receive, send)
+            refusal = error_response(self._too_large(told), form=_form(scope, self._forms))
+            return await refusal(scope, receive, send)
         count = 0
 
         async def receive_counting() -> Message:
