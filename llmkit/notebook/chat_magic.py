@@ -9,21 +9,22 @@ keeps what was said.
 
 from __future__ import annotations
 
-import argparse
 import time
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from html import escape
+from pathlib import Path
 from typing import Any
 
 from llmkit.cli.parser import UsageError
 from llmkit.errors import InvalidRequestError
 from llmkit.interrupt import interrupt_afterwards
-from llmkit.notebook.chat_targets import Messages, Piece, Target, choose
+from llmkit.notebook.chat_targets import Piece, Target, choose
 from llmkit.notebook.interpolate import interpolate
 from llmkit.notebook.markdown import markdown_html
 from llmkit.progress import in_notebook
+from llmkit.talk.conversation import Conversation, Message
 
 _REDRAW = 0.1  # seconds between two drawings
 
@@ -50,7 +51,7 @@ class Answer:
     ttft: float | None = None
     seconds: float = 0.0
     notes: list[str] = field(default_factory=list)
-    messages: Messages = field(default_factory=list)
+    messages: list[Message] = field(default_factory=list)
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -99,57 +100,52 @@ class Answer:
 
 
 @dataclass
-class Conversation:
-    """What was said so far, and with whom."""
+class Talk:
+    """What a notebook has said so far, and to whom."""
 
     target: Target | None = None
-    system: str | None = None
-    messages: Messages = field(default_factory=list)
-
-    def asking(self, text: str) -> Messages:
-        """All messages with a new one of the user."""
-        system = [{"role": "system", "content": self.system}] if self.system else []
-        return [*system, *self.messages, {"role": "user", "content": text}]
-
-    def keep(self, text: str, answer: Answer) -> None:
-        """Remember a question and what came back; a question without any answer was not asked."""
-        if answer.text:
-            self.messages += [{"role": "user", "content": text}, {"role": "assistant", "content": answer.text}]
-        answer.messages = self.asking("")[:-1]
+    conversation: Conversation = field(default_factory=Conversation)
 
 
-_conversations: weakref.WeakKeyDictionary[Any, Conversation] = weakref.WeakKeyDictionary()  # shell -> what goes on in it
+_talks: weakref.WeakKeyDictionary[Any, Talk] = weakref.WeakKeyDictionary()  # shell -> what goes on in it
 
 
-def chat(args: argparse.Namespace, cell: str) -> None:
-    """Say the cell; show the answer; keep it in the variable of `--out`."""
+def say(cell: str, whom: str | None = None, *, api_key: str | None = None, system: str | None = None, load: Path | None = None,
+        out: str | None = None, new: bool = False, sampling: Mapping[str, Any] | None = None) -> None:
+    """Say the text of a cell; show the answer, and keep it in the variable `out`. whom: as `chat_targets.choose` finds it.
+
+    system: "" or None leaves it as it is. load: go on with what is in this file. new: forget what was said before. sampling:
+    parameters of `SamplingParams`."""
     from IPython.core.getipython import get_ipython
 
     shell: Any = get_ipython()
-    if args.out is not None and not args.out.isidentifier():
-        raise UsageError(f"--out {args.out}: not a name of a variable", "such as --out answer")
-    conversation = Conversation() if args.new else _conversations.get(shell) or Conversation()
+    if out is not None and not out.isidentifier():
+        raise UsageError(f"--out {out}: not a name of a variable", "such as --out answer")
+    talk = Talk() if new else _talks.get(shell) or Talk()
+    if load is not None:
+        talk.conversation = Conversation.load(load)
     text, notes = interpolate(cell.strip("\n"), shell.user_ns)
     if not text.strip():
         raise InvalidRequestError("the cell is empty", "write below the first line what you want to say", "messages")
-    conversation.target = choose(args.model, shell.user_ns, conversation.target)
-    conversation.system = args.system if args.system is not None else conversation.system
-    _conversations[shell] = conversation
-    answer = Answer(conversation.target.name, notes=notes)
-    if args.out is not None:
-        shell.user_ns[args.out] = answer
-    _converse(conversation, text, answer, args.sampling)
+    talk.target = target = choose(whom, shell.user_ns, talk.target, api_key)
+    talk.conversation.system = system or talk.conversation.system
+    _talks[shell] = talk
+    answer = Answer(target.name, notes=notes)
+    if out is not None:
+        shell.user_ns[out] = answer
+    talk.conversation.ask(text)
+    _listen(target, talk.conversation, answer, sampling or {})
 
 
-def _converse(conversation: Conversation, text: str, answer: Answer, sampling: Mapping[str, Any]) -> None:
-    assert conversation.target is not None
+def _listen(target: Target, conversation: Conversation, answer: Answer, sampling: Mapping[str, Any]) -> None:
+    """Show and keep the answer as it comes; however it ends, what came is kept."""
     screen, start = _screen(answer), time.perf_counter()
-    stream = conversation.target.stream(conversation.asking(text), sampling)
+    stream = target.stream(conversation.messages, sampling)
     try:
         for piece in stream:
             answer.add(piece, time.perf_counter() - start)
             screen.draw()
-        answer.model = conversation.target.name
+        answer.model = target.name
     except KeyboardInterrupt:
         answer.finish_reason = "abort"
         raise Stopped from None
@@ -157,8 +153,17 @@ def _converse(conversation: Conversation, text: str, answer: Answer, sampling: M
         with interrupt_afterwards():
             stream.close()  # type: ignore[attr-defined]  # both kinds are generators
             answer.seconds = time.perf_counter() - start if answer.finish_reason == "abort" else answer.seconds
-            conversation.keep(text, answer)
+            _keep(conversation, answer)
             screen.finish()
+
+
+def _keep(conversation: Conversation, answer: Answer) -> None:
+    """A question without any answer was not asked."""
+    if answer.text:
+        conversation.answer(answer.text)
+    else:
+        conversation.take_back()
+    answer.messages = conversation.messages
 
 
 # ---- where it is shown

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import AsyncGenerator, Iterator, Mapping
 from dataclasses import dataclass
@@ -10,11 +9,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from llmkit.errors import EngineUnavailableError, LlmkitError, ServerError
 from llmkit.server.handle import Server, find
+from llmkit.talk.conversation import Message
 
 if TYPE_CHECKING:
     from llmkit.llm import LLM
 
-Messages = list[dict[str, str]]
 _USAGE = {"include_usage": True, "continuous_usage_stats": True}  # the second is vLLM's: counts even if the answer is cut short
 
 
@@ -41,7 +40,7 @@ class Target(Protocol):
         """Whether it is worth asking again."""
         ...
 
-    def stream(self, messages: Messages, options: Mapping[str, Any]) -> Iterator[Piece]:
+    def stream(self, messages: list[Message], options: Mapping[str, Any]) -> Iterator[Piece]:
         """The pieces of the answer. options: sampling parameters. Closing it early ends the request."""
         ...
 
@@ -65,20 +64,26 @@ class Served:
     def alive(self) -> bool:
         return self.server is None or self.server.state == "ready"
 
-    def stream(self, messages: Messages, options: Mapping[str, Any]) -> Iterator[Piece]:
+    def stream(self, messages: list[Message], options: Mapping[str, Any]) -> Iterator[Piece]:
         from llmkit.notebook.in_thread import in_thread
 
         return in_thread(self._pieces(messages, options))
 
-    async def _pieces(self, messages: Messages, options: Mapping[str, Any]) -> AsyncGenerator[Piece, None]:
+    async def _pieces(self, messages: list[Message], options: Mapping[str, Any]) -> AsyncGenerator[Piece, None]:
         from llmkit.client.openai import OpenAIClient
+        from llmkit.talk.partners import request_options
 
         client = OpenAIClient(self.url, self.api_key)
         try:
             self.model = self.model or await _first_model(client)
-            body = {"model": self.model, "messages": messages, "stream": True, "stream_options": _USAGE} | dict(options)
-            async for event in client.events("/v1/chat/completions", body):
-                yield _piece(event)
+            body = {"model": self.model, "messages": messages, "stream": True, "stream_options": _USAGE}
+            ended = False
+            async for event in client.events("/v1/chat/completions", body | request_options(dict(options))):
+                piece = _piece(event)
+                ended = ended or piece.finish_reason is not None
+                yield piece
+            if not ended:
+                raise ServerError("the answer broke off in the middle", "%llmkit status, %llmkit logs")
         finally:
             client.close()
 
@@ -113,21 +118,21 @@ class Local:
     def alive(self) -> bool:
         return not self.llm._driver.closed
 
-    def stream(self, messages: Messages, options: Mapping[str, Any]) -> Iterator[Piece]:
+    def stream(self, messages: list[Message], options: Mapping[str, Any]) -> Iterator[Piece]:
         params = self.llm.get_default_sampling_params().clone(**options)
         prompt = done = 0
-        for chunk in self.llm.stream(messages, params):  # type: ignore[arg-type]  # a list of dicts of text
+        for chunk in self.llm.stream(messages, params):
             if chunk.output is not None and not prompt:
                 prompt = len(chunk.output().prompt_token_ids)
             done += len(chunk.token_ids)
             yield Piece(chunk.text, "", chunk.finish_reason, (prompt, done))
 
 
-def choose(which: str | None, names: Mapping[str, Any], last: Target | None) -> Target:
-    """Whom to ask. which: a variable that holds a server or an LLM, a URL, or a running server's model, port or pid; None: whom
-    the conversation was with, else this notebook's newest server, its LLM, any server on this machine."""
+def choose(which: str | None, names: Mapping[str, Any], last: Target | None, api_key: str | None = None) -> Target:
+    """Whom to ask. which: a variable that holds a server or an LLM, a URL (its key is api_key), or a running server's model, port
+    or pid; None: whom the conversation was with, else this notebook's newest server, its LLM, any server on this machine."""
     if which is not None:
-        return _named(which, names)
+        return _named(which, names, api_key)
     if last is not None and last.alive:
         return last
     try:
@@ -144,14 +149,14 @@ def choose(which: str | None, names: Mapping[str, Any], last: Target | None) -> 
     return Served.by(server)
 
 
-def _named(which: str, names: Mapping[str, Any]) -> Target:
+def _named(which: str, names: Mapping[str, Any], api_key: str | None) -> Target:
     thing = names.get(which)
     if isinstance(thing, Server):
         return Served.by(thing)
     if thing is not None and thing in _llms(names):
         return Local(thing)
     if "://" in which:
-        return Served(which, api_key=os.environ.get("OPENAI_API_KEY", ""))
+        return Served(which, api_key=api_key or "")
     try:
         return Served.by(find(which))
     except EngineUnavailableError as e:

@@ -6,12 +6,16 @@ import argparse
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from llmkit.cli.parser import Parser
+from llmkit.cli.parser import Parser, UsageError
 
 if TYPE_CHECKING:
     from llmkit.server.handle import Server
     from llmkit.server.list_view import Servers
     from llmkit.server.logs import Lines
+
+
+WHOM = ("a variable that holds a server or an LLM, a URL, or a running server's model, port or pid (default: whom you talked to, "
+        "else the newest server, else an LLM)")  # fmt: skip
 
 
 def serve_flags(parser: Parser) -> None:
@@ -26,6 +30,7 @@ def serve_flags(parser: Parser) -> None:
 def chat_flags(parser: Parser) -> None:
     """Those of `%%llmkit chat`; the rest of its flags are the terminal's."""
     group = parser.add_argument_group("in a notebook")
+    group.add_argument("--model", metavar="WHOM", dest="whom", help=WHOM)
     group.add_argument("--out", metavar="VAR", help="keep the answer in this variable: text, usage, ttft, tokens_per_second")
     group.add_argument("--new", action="store_true", help="begin another conversation")
 
@@ -81,9 +86,20 @@ def stop(args: argparse.Namespace) -> Servers:
 
 
 def chat(args: argparse.Namespace, cell: str) -> None:
-    from llmkit.notebook.chat_magic import chat
+    """Say the cell to a model; the answer streams into one display."""
+    from llmkit.cli.batch import server_key
+    from llmkit.cli.generate import sampling_options
+    from llmkit.config import engine_options
+    from llmkit.notebook.chat_magic import say
 
-    chat(args, cell)
+    sampling, engine = sampling_options(args), engine_options(args)
+    if sampling.get("n", 1) != 1:
+        raise UsageError(f"%%llmkit chat shows one answer at a time, not {sampling['n']}", "drop --n")
+    whom = args.whom or args.url or engine.pop("model", None)
+    sampling |= {"seed": engine.pop("seed")} if "seed" in engine else {}
+    if engine:
+        raise UsageError(f"%%llmkit chat loads no model; {next(iter(engine))} means nothing to it", "give it to %llmkit serve")
+    say(cell, whom, api_key=server_key(args), system=args.system, load=args.load, out=args.out, new=args.new, sampling=sampling)
 
 
 LINES: dict[str, Callable[[argparse.Namespace], Any]] = {"serve": serve, "status": status, "logs": logs, "stop": stop}

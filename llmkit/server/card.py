@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from llmkit.server.handle import Server
     from llmkit.server.records import Record
 
+TOTAL = "until ready"  # a stage that holds all the others
 MARKS = {"starting": "…", "ready": "●", "failed": "✗", "stopping": "…", "stopped": "○", "died": "✗"}
 # White on these has a contrast of at least 4.5, on a light page and on a dark one.
 BADGES = {"starting": "#0969da", "ready": "#1a7f37", "failed": "#cf222e", "stopping": "#9a6700", "stopped": "#57606a",
@@ -36,12 +37,14 @@ def _text_line(text: str) -> str:
 
 
 def stages_text(r: Record) -> str:
-    """`ready in 3.2 s: import 1.1 s, weights 2.1 s`, or the stage that runs now."""
-    done = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in r.stages.items())
+    """`ready in 3.2 s: weights 2.1 s, KV cache 0.1 s` (what took no time is left out), or the stage that runs now."""
+    stages = dict(r.stages)
+    total = stages.pop(TOTAL, sum(stages.values()))
+    done = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in stages.items() if seconds >= 0.05)
     if r.state == "starting":
         now = f"now: {r.stage or 'starting the process'}, since {max(0.0, time.time() - r.started):.1f} s in all"
         return f"{done}; {now}" if done else now
-    return f"started in {sum(r.stages.values()):.1f} s: {done}" if done and r.state == "ready" else ""
+    return f"ready in {total:.1f} s: {done}" if done and r.state == "ready" else ""
 
 
 def owner_text(r: Record, started_here: bool) -> str:

@@ -200,6 +200,11 @@ class Server:
     def pid(self) -> int:
         return self.record.pid
 
+    @property
+    def port(self) -> int | None:
+        """None before it has one."""
+        return self.record.port
+
     # ---- using it; these wait until it is ready
 
     @property

@@ -62,7 +62,7 @@ class Kernel:
 
     def value(self, expression: str) -> str:
         """str of an expression."""
-        return self.text(f"print({expression})")
+        return self.text(f"print(({expression}))")
 
     def interrupt(self) -> None:
         self.manager.interrupt_kernel()

@@ -59,7 +59,7 @@ def test_serve_returns_at_once_with_a_card_that_follows_the_start(kernel):
 def test_the_same_line_again_finds_the_living_server(kernel, server):
     again = kernel.run("again = %llmkit serve some-model")
     assert faces(again)["text/plain"].startswith("● llmkit server ready")
-    assert kernel.value("again.pid, again == server") == f"{server} True"
+    assert kernel.value("again.pid, again == server") == f"({server}, True)"
     assert int(kernel.text("other = %llmkit serve some-model --new --wait\nprint(other.pid)")) != server
 
 
