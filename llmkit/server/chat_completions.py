@@ -9,6 +9,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
@@ -21,7 +22,7 @@ from llmkit.server.engine_client import EngineClient, TokenPrompt
 from llmkit.server.errors import JsonResponse, refuse
 from llmkit.server.message import Message, MessageReader
 from llmkit.server.options import ServerOptions
-from llmkit.server.params import sampling_params, structure, unknown_fields
+from llmkit.server.params import blaming, sampling_params, structure, structure_field, unknown_fields
 from llmkit.server.protocol import ChatRequest
 from llmkit.server.reasoning import ThoughtSplitter, find_tags
 from llmkit.server.served import Served
@@ -102,12 +103,18 @@ class ChatCompletion:
             thoughts = ThoughtSplitter(self.tags, opened=(self.prompt.text or "").rstrip().endswith(self.tags[0]))
         return MessageReader(thoughts, self.tools.parser(), self.body.include_reasoning is not False)
 
+    @property
+    def structure_field(self) -> str | None:
+        """The field that asked for a grammar."""
+        return "tools" if self.tools.choice in ("required", "named") else structure_field(self.body)
+
     # ---- whole
 
     async def whole(self) -> dict[str, Any]:
         """The response body."""
         priority = self.body.priority or 0
-        output = await self.served.engine.generate(self.prompt, self.params, request_id=self.id, priority=priority)
+        with blaming(self.structure_field):
+            output = await self.served.engine.generate(self.prompt, self.params, request_id=self.id, priority=priority)
         whole: dict[str, Any] = {
             "id": self.id, "object": "chat.completion", "created": self.created, "model": self.model,
             "choices": [self._choice(a) for a in output.outputs], "usage": usage_of([output]), "system_fingerprint": None,
@@ -145,10 +152,11 @@ class ChatCompletion:
         priority = self.body.priority or 0
         chunks = self.served.engine.stream(self.prompt, self.params, request_id=self.id, priority=priority)
         told = _Telling(self)
-        async with aclosing(merged([chunks])) as pieces:
-            async for _, chunk in pieces:
-                if data := told.frames(chunk):
-                    yield data
+        with blaming(self.structure_field):
+            async with aclosing(merged([chunks])) as pieces:
+                async for _, chunk in pieces:
+                    if data := told.frames(chunk):
+                        yield data
         asked = self.body.stream_options
         if asked and asked.include_usage:
             yield frame({**told.envelope, "choices": [], "usage": told.usage})
@@ -173,6 +181,8 @@ class _Telling:
         self._counts = bool(asked and asked.include_usage)
         self._continuous = bool(self._counts and asked and asked.continuous_usage_stats)
         self.envelope = {"id": job.id, "object": "chat.completion.chunk", "created": job.created, "model": job.model}
+        told = job.body.logprobs or job.body.return_token_ids or self._continuous
+        self._frames_of_text = None if told or job.tags or job.tools.parser() else [self._around(i) for i in range(job.params.n)]
 
     @property
     def usage(self) -> dict[str, Any]:
@@ -182,6 +192,9 @@ class _Telling:
         """The events of one chunk, none while its text is held back."""
         job, i = self._job, chunk.index
         self._written += len(chunk.token_ids)
+        if self._frames_of_text and self._begun[i] and not chunk.finish_reason:
+            before, after = self._frames_of_text[i]
+            return before + msgspec.json.encode(chunk.text) + after if chunk.text else b""
         output = chunk.output() if chunk.output and (chunk.finish_reason or not self._begun[i]) else None
         if output:
             self._cached = output.num_cached_tokens
@@ -200,6 +213,11 @@ class _Telling:
             choices.append(self._last(i, chunk, output))
         self._attach(choices, logprobs, chunk)
         return b"".join([self._frame(c, about if n == 0 else {}) for n, c in enumerate(choices)])
+
+    def _around(self, i: int) -> tuple[bytes, bytes]:
+        """What stands before and after the text in an event of nothing but text, as most are: a microsecond makes one."""
+        before, after = self._frame(self._choice(i, {"content": 0}), {}).split(b'"content":0')
+        return before + b'"content":', after
 
     def _opening(self, i: int) -> list[dict[str, Any]]:
         job = self._job

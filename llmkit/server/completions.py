@@ -20,7 +20,7 @@ from llmkit.server.body import JsonRoute
 from llmkit.server.engine_client import EngineClient, TokenPrompt
 from llmkit.server.errors import JsonResponse, refuse
 from llmkit.server.options import ServerOptions
-from llmkit.server.params import sampling_params, unknown_fields
+from llmkit.server.params import blaming, sampling_params, structure_field, unknown_fields
 from llmkit.server.protocol import CompletionRequest
 from llmkit.server.served import Served
 from llmkit.server.streaming import DONE, EventStream, answer, frame, merged, together
@@ -111,9 +111,11 @@ class Completions:
     async def whole(self) -> dict[str, Any]:
         """The response body. One prompt that fails ends the others."""
         engine, rank = self.served.engine, self.body.priority or 0
-        outputs = await together(
-            [engine.generate(p, self.params, request_id=self._request_id(i), priority=rank) for i, p in enumerate(self.prompts)]
-        )
+        works = [
+            engine.generate(p, self.params, request_id=self._request_id(i), priority=rank) for i, p in enumerate(self.prompts)
+        ]
+        with blaming(structure_field(self.body)):
+            outputs = await together(works)
         choices = [self._choice(i, o, a) for i, o in enumerate(outputs) for a in o.outputs]
         return {**self._envelope(), "choices": choices, "usage": usage_of(outputs), "system_fingerprint": None}
 
@@ -152,10 +154,11 @@ class Completions:
         ]
         asked = self.body.stream_options
         tally = _Tally(self)
-        async with aclosing(merged(streams)) as chunks:
-            async for i, chunk in chunks:
-                for event in tally.events(i, chunk):
-                    yield frame(event)
+        with blaming(structure_field(self.body)):
+            async with aclosing(merged(streams)) as chunks:
+                async for i, chunk in chunks:
+                    for event in tally.events(i, chunk):
+                        yield frame(event)
         if asked and asked.include_usage:
             yield frame({**self._envelope(), "choices": [], "usage": tally.usage})
         yield DONE

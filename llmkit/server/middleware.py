@@ -85,7 +85,8 @@ def _digest(key: str) -> bytes:
 
 
 def _path(scope: Scope) -> str:
-    return scope["path"].removeprefix(scope.get("root_path") or "") or "/"
+    path, root = scope["path"], (scope.get("root_path") or "").rstrip("/")
+    return path[len(root) :] or "/" if path == root or path.startswith(f"{root}/") else path
 
 
 def _form(scope: Scope, forms: Forms) -> Callable[[BaseException], Body]:

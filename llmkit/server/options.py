@@ -59,7 +59,7 @@ class ServerOptions:
             if meta["at_least"] is not None and value is not None and not value >= meta["at_least"]:
                 raise ConfigError(f"{f.name} must be at least {meta['at_least']:g}; got {value!r}")
             if isinstance(f.default, tuple) and not isinstance(value, tuple):
-                object.__setattr__(self, f.name, (value,) if isinstance(value, str) else tuple(value))
+                object.__setattr__(self, f.name, (value,) if isinstance(value, str) else tuple(value or ()))
 
     @classmethod
     def from_options(cls, **options: Any) -> ServerOptions:

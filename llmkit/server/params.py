@@ -4,7 +4,8 @@ header, so that nothing is dropped in silence."""
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from llmkit.errors import InvalidRequestError
@@ -59,7 +60,7 @@ def unknown_fields(body: RequestBody, known: tuple[str, ...] = ()) -> dict[str, 
     ignored = sorted(n for n in extra if n not in REFUSED and n not in HARMLESS)
     if not ignored:
         return {}
-    log.warning("fields of a request that nobody reads: %s", ", ".join(map(ascii, ignored[:20])))
+    log.info("fields of a request that nobody reads: %s", ", ".join(map(ascii, ignored[:20])))
     names = [n for n in ignored if n.isascii() and n.isprintable() and len(n) <= 64]
     return {IGNORED_HEADER: ", ".join(names[:20]) or "?"}
 
@@ -93,14 +94,34 @@ def _bias(served: Served, given: dict[str, float]) -> dict[int, float]:
 
 def structure(body: GenerationBody) -> StructuredOutputs | None:
     """The language that the answer must belong to, in whichever of the three ways it was said."""
-    ways = {"response_format": _of_format(body.response_format), "structured_outputs": body.structured_outputs}
-    ways |= {name: {key: value} for name, key in _GUIDED.items() if (value := getattr(body, name)) is not None}
-    said = {name: value for name, value in ways.items() if value}
+    said = _said(body)
     if len(said) > 1:
         raise refuse(f"{' and '.join(said)} exclude each other: the answer can belong to one language only", list(said)[-1])
     for name, value in said.items():
         return _of_field(name, lambda v=value: StructuredOutputs(**v))
     return None
+
+
+def structure_field(body: GenerationBody) -> str | None:
+    """The field in which it was said."""
+    return next(iter(_said(body)), None)
+
+
+def _said(body: GenerationBody) -> dict[str, dict[str, Any]]:
+    ways = {"response_format": _of_format(body.response_format), "structured_outputs": body.structured_outputs}
+    ways |= {name: {key: value} for name, key in _GUIDED.items() if (value := getattr(body, name)) is not None}
+    return {name: value for name, value in ways.items() if value}
+
+
+@contextmanager
+def blaming(field: str | None) -> Iterator[None]:
+    """The engine compiles grammars, and knows them by one name; its complaint is put to the field that the request really had."""
+    try:
+        yield
+    except InvalidRequestError as e:
+        if field is None or e.param != "structured_outputs":
+            raise
+        raise refuse(e.message.replace("structured_outputs", field, 1), field, e.hint) from e
 
 
 def _of_field(name: str, make: Callable[[], StructuredOutputs]) -> StructuredOutputs:

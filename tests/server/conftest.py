@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -13,6 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+from stub_engine import StubEngine
 
 from llmkit import LLM
 from llmkit.server.app import create_app
@@ -81,7 +85,7 @@ def serve(llm: LLM) -> Iterator[Callable[..., Running]]:
         )
 
 
-class ScriptedEngine:
+class PromptedEngine:
     """An engine that says what `script` answers to a prompt's text, a token a chunk. prompts: what it was asked."""
 
     healthy = True
@@ -144,7 +148,18 @@ class ScriptedEngine:
 
 
 @pytest.fixture
-def scripted(smollm2_folder: Path) -> Callable[..., ScriptedEngine]:
+def scripted(smollm2_folder: Path) -> Callable[..., PromptedEngine]:
     """scripted(script, delay=0): an engine without a model. script: a text, an exception, a text at whose end an exception
     comes, or what makes one of these of a prompt."""
-    return lambda script, delay=0.0: ScriptedEngine(smollm2_folder, script if callable(script) else lambda _: script, delay)
+    return lambda script, delay=0.0: PromptedEngine(smollm2_folder, script if callable(script) else lambda _: script, delay)
+
+
+@pytest.fixture
+def stub(serve: Callable[..., Running], llm: LLM) -> Callable[..., Running]:
+    """Servers over a StubEngine: stub({options of the server}, pieces=..., delay=..., error=...)."""
+
+    def start(options: dict[str, Any] | None = None, **how: Any) -> Running:
+        plain = {"chat_template": "{% for m in messages %}{{ m.content }}{% endfor %}"}
+        return serve(StubEngine(llm.get_tokenizer(), **how), **(plain | (options or {})))
+
+    return start

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,8 +12,6 @@ import httpx
 import pytest
 
 from llmkit.errors import EngineError, EngineUnavailableError, QueueFullError
-from llmkit.outputs import CompletionOutput, RequestOutput, StreamChunk
-from llmkit.server.engine_client import EngineFacts
 from llmkit.server.options import ServerOptions
 
 CHAT = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 4, "temperature": 0}
@@ -179,51 +176,10 @@ def test_a_client_that_gives_up_waiting_frees_its_blocks(server, llm, path):
 # ---- engines that misbehave
 
 
-class StubEngine:
-    """An engine that says "a", and then what it is told."""
-
-    facts = EngineFacts("stub", "", 100, 8, 50_000, 8, "float32", "nowhere")
-    healthy, stage = True, None
-
-    def __init__(self, tokenizer: Any, error: Exception | None = None, before: bool = False, delay: float = 0.0) -> None:
-        self.tokenizer, self.error, self.before, self.delay = tokenizer, error, before, delay
-
-    async def stream(self, prompt: Any, params: Any, *, request_id: str, priority: int = 0) -> AsyncIterator[StreamChunk]:
-        if self.error and self.before:
-            raise self.error
-        await asyncio.sleep(self.delay)
-        yield StreamChunk("a", [1], output=lambda: self._output(prompt, None))
-        await asyncio.sleep(self.delay)
-        if self.error:
-            raise self.error
-        yield StreamChunk("b", [2], finish_reason="stop", output=lambda: self._output(prompt, "stop"))
-
-    async def generate(self, prompt: Any, params: Any, *, request_id: str, priority: int = 0) -> RequestOutput:
-        async for chunk in self.stream(prompt, params, request_id=request_id):
-            output = chunk.output()
-        return output
-
-    def stats(self) -> dict[str, Any]:
-        return {}
-
-    @staticmethod
-    def _output(prompt: Any, reason: str | None) -> RequestOutput:
-        answer = CompletionOutput(0, "ab", [1, 2], finish_reason=reason)
-        return RequestOutput("r", prompt.text, prompt.ids, [answer], bool(reason))
-
-
-@pytest.fixture
-def stub(serve, llm):
-    def start(options: dict[str, Any] | None = None, **how: Any) -> Any:
-        return serve(StubEngine(llm.get_tokenizer(), **how), **({"chat_template": "{{ messages[0].content }}"} | (options or {})))
-
-    return start
-
-
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("error", [EngineUnavailableError("it died"), QueueFullError("too many wait")])
 def test_an_engine_that_cannot_answer_is_a_503_to_come_again(stub, error, stream):
-    server = stub(error=error, before=True)
+    server = stub(error=error, error_after=0)
     refused = httpx.post(f"{server.v1}/chat/completions", json=CHAT | {"stream": stream}, headers={"X-Request-Id": "me"})
     assert str(error) in is_openai_error(refused, 503)["message"]
     assert (refused.headers["retry-after"], refused.headers["x-request-id"]) == ("5", "me")

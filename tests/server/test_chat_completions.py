@@ -21,7 +21,7 @@ CLOCK = {"type": "function", "function": {"name": "clock", "parameters": {
 
 
 def post(server: Any, **body: Any) -> httpx.Response:
-    body = {"messages": QUESTION, "max_tokens": 8, "temperature": 0, **body}
+    body = {"messages": QUESTION, "max_tokens": 6, "temperature": 0, **body}
     return httpx.post(f"{server.v1}/chat/completions", json=body, timeout=60)
 
 
@@ -58,7 +58,7 @@ def without_ids(message: dict[str, Any]) -> dict[str, Any]:
         {"n": 2, "temperature": 1, "seed": 3},
         {"stop": ["colour", "color", "blue", "Blue"], "max_tokens": 30},
         {"logprobs": True, "top_logprobs": 2},
-        {"tools": [WEATHER, CLOCK], "tool_choice": "required", "max_tokens": 60},
+        {"tools": [WEATHER, CLOCK], "tool_choice": "required", "max_tokens": 40},
         {"tools": [WEATHER, CLOCK], "tool_choice": {"type": "function", "function": {"name": "clock"}}, "max_tokens": 30},
         {"tools": [WEATHER]},
         {"response_format": {"type": "json_object"}, "max_tokens": 20},
@@ -76,7 +76,7 @@ def test_a_stream_joined_is_the_plain_answer(server, options):
 
 
 def test_it_says_what_the_model_says_offline(server, llm):
-    offline = llm.chat(QUESTION, SamplingParams(temperature=0, max_tokens=8, logprobs=3), use_tqdm=False)[0].outputs[0]
+    offline = llm.chat(QUESTION, SamplingParams(temperature=0, max_tokens=6, logprobs=3), use_tqdm=False)[0].outputs[0]
     choice = post(server, logprobs=True, top_logprobs=3).json()["choices"][0]
     assert choice["message"]["content"] == offline.text
     assert choice["finish_reason"] == offline.finish_reason
@@ -106,7 +106,7 @@ def test_usage_counts_tokens(server):
     options = {"include_usage": True, "continuous_usage_stats": True}
     counts = [e["usage"]["completion_tokens"] for e in events(post(server, stream=True, stream_options=options))]
     assert counts == sorted(counts)
-    assert counts[-1] == 8
+    assert counts[-1] == 6
     assert "usage" not in events(post(server, stream=True))[0]
 
 
@@ -170,7 +170,7 @@ def test_token_ids_and_prompt_logprobs_on_request(server):
     told = post(server, return_token_ids=True, prompt_logprobs=0).json()
     ids = httpx.post(f"{server.url}/tokenize", json={"messages": QUESTION}).json()["tokens"]
     assert told["prompt_token_ids"] == ids
-    assert len(told["choices"][0]["token_ids"]) == 8
+    assert len(told["choices"][0]["token_ids"]) == 6
     assert told["prompt_logprobs"][0] is None
     assert [next(iter(e)) for e in told["prompt_logprobs"][1:]] == [str(t) for t in ids[1:]]
     streamed = events(post(server, return_token_ids=True, stream=True))
@@ -211,7 +211,10 @@ def test_unknown_fields_are_named_and_those_that_matter_are_refused(server):
         ({"tools": [WEATHER, WEATHER]}, "tools"),
         ({"response_format": {"type": "xml"}}, "response_format.type"),
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
-        ({"guided_regex": "[", "max_tokens": 4}, "structured_outputs"),
+        ({"guided_regex": "["}, "guided_regex"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "nope"}}}}, "response_format"),
+        ({"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "no"}}}], "tool_choice": "required"},
+         "tools"),
         ({"guided_json": {}, "guided_regex": "a"}, "guided_regex"),
         ({"structured_outputs": {"jsn": {}}}, "structured_outputs"),
         ({"chat_template": "/etc/passwd"}, "chat_template"),
