@@ -239,3 +239,27 @@ def test_nothing_is_asked_of_an_engine_that_is_still_starting():
     from llmkit.server.app import create_app
 
     create_app(SimpleNamespace(healthy=False))  # type: ignore[arg-type]
+
+
+def test_two_hundred_streams_at_once_are_all_complete_and_none_corrupt(serve, dummy_folder):
+    from llmkit import LLM, SamplingParams
+    from llmkit.server.in_process import InProcessEngine
+
+    prompts = [f"{i} bottles and {i * 7} glasses" for i in range(200)]
+    with LLM(dummy_folder, load_format="dummy", dtype="float32", max_model_len=128) as llm:
+        wanted = [o.text for o in llm.generate(prompts, SamplingParams(temperature=0, max_tokens=20), use_tqdm=False)]
+        server = serve(InProcessEngine(llm))
+
+        async def read(client: httpx.AsyncClient, prompt: str) -> str:
+            body = {"prompt": prompt, "temperature": 0, "max_tokens": 20, "stream": True}
+            async with client.stream("POST", f"{server.v1}/completions", json=body) as answer:
+                events = [line.removeprefix("data: ") async for line in answer.aiter_lines() if line.startswith("data: ")]
+            assert events.pop() == "[DONE]"
+            return "".join(json.loads(e)["choices"][0]["text"] for e in events)
+
+        async def read_all() -> list[str]:
+            async with httpx.AsyncClient(limits=httpx.Limits(max_connections=200), timeout=60) as client:
+                return await asyncio.gather(*(read(client, p) for p in prompts))
+
+        assert asyncio.run(read_all()) == wanted
+        assert idle(llm)
