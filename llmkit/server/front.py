@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import llmkit
 from llmkit.server.aside import aside
 from llmkit.server.link import EngineLink
+from llmkit.server.prometheus import Shared
 from llmkit.server.serve_options import Plan
 from llmkit.server.wire import Channel, Ready
 from llmkit.tokenizer import Tokenizer
@@ -50,12 +51,15 @@ class Door:
 
 
 class HttpFront:
-    """Number `number` of `count` fronts that accept connections from one listening socket."""
+    """Number `number` of `count` fronts that accept connections from one listening socket. numbers: their `Shared` file."""
 
-    def __init__(self, plan: Plan, listening: socket.socket, number: int = 0, count: int = 1) -> None:
+    def __init__(
+        self, plan: Plan, listening: socket.socket, number: int = 0, count: int = 1, numbers: int | None = None
+    ) -> None:
         self._plan, self._listening, self._began = plan, listening, time.time()
         most = plan.server.max_queued_requests
         self.link = EngineLink(None if most is None else -(-most // count), number, count)
+        self._numbers = None if numbers is None else Shared(numbers, number, count)
         self._door = Door(self.link)
         self._server: Any = None
         self.up = asyncio.Event()
@@ -97,8 +101,10 @@ class HttpFront:
 
     def _create_app(self) -> FastAPI:
         from llmkit.server.app import create_app
+        from llmkit.server.metered import Metered
+        from llmkit.server.metrics import Metrics
 
-        app = create_app(self.link, self._plan.server)
+        app = create_app(Metered(self.link, Metrics(self._numbers)), self._plan.server)
         app.add_api_route("/server_info", self._info, methods=["GET"], summary="Engine, memory plan, counts")
         return app
 

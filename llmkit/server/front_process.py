@@ -49,7 +49,8 @@ class FrontServer:
     def _begin(self, order: BeFront) -> None:
         plan = Plan.from_plain(order.plan)
         logging.basicConfig(level=plan.serving.log_level.upper() if plan.serving.log_level != "trace" else "DEBUG")
-        self._front = HttpFront(plan, self._channel.take_socket(), order.number, order.count)
+        listening, numbers = self._channel.take_socket(), self._channel.files.popleft()
+        self._front = HttpFront(plan, listening, order.number, order.count, numbers)
         self._do(self._serve(self._front), then_end=True)
         self._do(self._get_ready(self._front, Path(order.folder)))
 

@@ -12,6 +12,7 @@ from typing import Protocol
 from llmkit.server.child import Child
 from llmkit.server.front import LAST_WORDS, HttpFront
 from llmkit.server.keeper import FIRST_DELAY, LONGEST_DELAY, YOUNG, EngineKeeper
+from llmkit.server.prometheus import Shared
 from llmkit.server.serve_options import Plan
 from llmkit.server.wire import BeFront, EngineGone, FrontUp, NewEngine, Ready, Stage, Stop
 
@@ -78,6 +79,7 @@ class ManyFronts:
 
     def __init__(self, plan: Plan, listening: socket.socket, keeper: EngineKeeper) -> None:
         self._plan, self._listening, self._keeper = plan, listening, keeper
+        self._numbers = Shared.create(plan.serving.api_server_count)
         self._alive: dict[int, FrontProcess] = {}
         self._all_up = asyncio.Event()
         self._stopping = False
@@ -104,7 +106,7 @@ class ManyFronts:
         try:
             folder = str(await asyncio.shield(home))
             child.send(BeFront(self._plan.to_plain(), folder, number, self._plan.serving.api_server_count),
-                       (self._listening.fileno(),))  # fmt: skip
+                       (self._listening.fileno(), self._numbers.fileno()))  # fmt: skip
             self._keeper.add_front(front)
             async for message in child.messages():
                 if isinstance(message, FrontUp):

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter, Response
 
 from llmkit.server.engine_client import EngineClient
 from llmkit.server.options import ServerOptions
-from llmkit.server.prometheus import MEDIA_TYPE, Histogram, Store, head, histogram_lines, sample
+from llmkit.server.prometheus import MEDIA_TYPE, Histogram, Shared, Store, head, histogram_lines, sample
 
 REASONS = ("stop", "length", "abort", "error")
 STATUSES = ("1xx", "2xx", "3xx", "4xx", "5xx")
@@ -59,10 +58,10 @@ ENGINE: dict[str, tuple[str, str, Any]] = {
 
 
 class Metrics:
-    """Everything that one front has seen."""
+    """Everything that one front has seen; with `shared`, told together with what the others have."""
 
-    def __init__(self, folder: Path | None = None) -> None:
-        self.store = Store(8192, folder)
+    def __init__(self, shared: Shared | None = None) -> None:
+        self.store = Store(shared)
         self.histograms = {name: Histogram(buckets, self.store) for name, (_, buckets) in HISTOGRAMS.items()}
         self._counters, self._at = self.store.take(len(COUNTERS))
         self._ended, self._ended_at = self.store.take(len(REASONS))
@@ -149,7 +148,8 @@ def exposition(engine: EngineClient, options: ServerOptions) -> Iterator[str]:
         yield from _engine_lines(stats, labels) if stats else ()
         own: Metrics | None = getattr(engine, "metrics", None)
         yield from own.lines(labels) if own is not None else ()
-    yield from _process_lines()
+        if own is not None and own.store.shared is None:  # with several, each scrape would meet another
+            yield from _process_lines()
 
 
 def _model_name(engine: EngineClient, options: ServerOptions) -> str | None:

@@ -1,51 +1,63 @@
 """Numbers that Prometheus can read: where they are kept, and how they are written.
 
-All numbers of one front lie in one row of float64. Several fronts lay theirs into files of one folder, and each of them answers a
-scrape with the sums, for a scrape meets any of them.
+All numbers of one front lie in one row of float64. Several fronts have their rows in one file, and each of them answers a scrape
+with the sums, for a scrape meets any of them.
 """
 
 from __future__ import annotations
 
 import math
 import mmap
-import os
-import time
+import tempfile
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from dataclasses import dataclass
+from typing import IO
 
 MEDIA_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
-class Store:
-    """Rows of numbers, handed out as slices. With a folder they lie in a file of this process, and sums go over all files."""
+SIZE = 8192  # numbers of one front
 
-    def __init__(self, size: int, folder: Path | None = None) -> None:
-        self._size, self._used, self._folder = size, 0, folder
-        if folder is None:
-            self._own: memoryview[float] = memoryview(bytearray(8 * size)).cast("d")
-            return
-        folder.mkdir(parents=True, exist_ok=True)
-        self._path = folder / f"{os.getpid()}-{time.monotonic_ns()}.f64"
-        with self._path.open("w+b") as file:
-            file.truncate(8 * size)
-            self._own = memoryview(mmap.mmap(file.fileno(), 8 * size)).cast("d")
+
+@dataclass(frozen=True)
+class Shared:
+    """A file of `count` rows, open as `file`: front `number` writes its own and reads all."""
+
+    file: int
+    number: int
+    count: int
+
+    @staticmethod
+    def create(count: int) -> IO[bytes]:
+        """The file, all zeros; gone with the last process that has it open."""
+        file = tempfile.TemporaryFile()  # noqa: SIM115  # its owner closes it
+        file.truncate(8 * SIZE * count)
+        return file
+
+
+class Store:
+    """A row of SIZE numbers, handed out as slices; with `shared` one of several, which are summed up."""
+
+    def __init__(self, shared: Shared | None = None) -> None:
+        self.shared, self._used = shared, 0
+        number, count = (shared.number, shared.count) if shared else (0, 1)
+        memory = mmap.mmap(shared.file if shared else -1, 8 * SIZE * count)
+        rows = memoryview(memory).cast("d")
+        self._rows: list[memoryview[float]] = [rows[i * SIZE : (i + 1) * SIZE] for i in range(count)]
+        self._own = self._rows[number]
 
     def take(self, count: int) -> tuple[memoryview[float], slice]:
-        """A view of `count` numbers that are still zero, and where they lie."""
+        """A view of the next `count` numbers, and where they lie."""
         where = slice(self._used, self._used + count)
-        if where.stop > self._size:
-            raise IndexError(f"the store has {self._size} places, and {where.stop} are wanted")
+        if where.stop > SIZE:
+            raise IndexError(f"a front has {SIZE} numbers, and {where.stop} are wanted")
         self._used = where.stop
         return self._own[where], where
 
     def sums(self) -> list[float]:
-        """Every place's number, summed over all fronts."""
-        rows = [self._own.tolist()]
-        for path in self._folder.glob("*.f64") if self._folder else ():
-            if path != self._path:
-                rows.append(memoryview(path.read_bytes()).cast("d").tolist())
-        return [sum(column) for column in zip(*rows)]
+        """Every number, summed over all fronts."""
+        return [sum(column) for column in zip(*(row.tolist() for row in self._rows))]
 
 
 class Histogram:

@@ -63,7 +63,8 @@ class NewFront(Message):
 
 
 class BeFront(Message):
-    """To a new front: the listening socket comes with this. It is number `number` of `count`. plan: of `Plan.to_plain`."""
+    """To a new front: the listening socket and the file of the metrics come with this. It is number `number` of `count`.
+    plan: of `Plan.to_plain`."""
 
     plan: dict[str, Any]
     folder: str

@@ -25,6 +25,7 @@ from llmkit.server.in_process import InProcessEngine
 from llmkit.server.metered import CountRequests, Metered
 from llmkit.server.metrics import Metrics, exposition
 from llmkit.server.options import ServerOptions
+from llmkit.server.prometheus import Shared
 
 OPTIONS = ServerOptions(served_model_names=('ti"ny\\\n',))
 LABELS = {"model_name": 'ti"ny\\\n', "engine": "0"}
@@ -241,21 +242,24 @@ def test_broken_requests_count_and_refused_ones_do_not(error, counted):
     assert "vllm:num_requests_running" not in found.families
 
 
-def test_several_fronts_add_up(tmp_path):
-    """Each answers for all, those that are gone too; nothing of one process is in another's way."""
-    fronts = [Metrics(tmp_path), Metrics(tmp_path)]
-    for i, front in enumerate(fronts):
-        front.observe("time_to_first_token_seconds", 0.3 + i)
-        front.count("prompt_tokens_total", 10)
-        front.ended("stop")
-    pid = os.fork()
-    if pid == 0:
-        Metrics(tmp_path).count("prompt_tokens_total", 7)
-        os._exit(0)
-    os.waitpid(pid, 0)
+def test_several_fronts_add_up():
+    """Each answers for all, those that are gone too; one that comes in another's place goes on from its numbers."""
+    with Shared.create(3) as file:
+        fronts = [Metrics(Shared(file.fileno(), i, 3)) for i in range(2)]
+        for i, front in enumerate(fronts):
+            front.observe("time_to_first_token_seconds", 0.3 + i)
+            front.count("prompt_tokens_total", 10)
+            front.ended("stop")
+        pid = os.fork()
+        if pid == 0:
+            Metrics(Shared(file.fileno(), 2, 3)).count("prompt_tokens_total", 7)
+            os._exit(0)
+        os.waitpid(pid, 0)
+        fronts[1] = Metrics(Shared(file.fileno(), 1, 3))
+    fronts[1].count("prompt_tokens_total", 1)
     for front in fronts:
         found = Scrape("\n".join([*front.lines(LABELS), ""]))
-        assert found.value("vllm:prompt_tokens_total") == 27
+        assert found.value("vllm:prompt_tokens_total") == 28
         assert found.value("vllm:time_to_first_token_seconds_sum") == pytest.approx(1.6)
         assert found.value("vllm:time_to_first_token_seconds_bucket", le="0.5") == 1
         assert found.value("vllm:request_success_total", finished_reason="stop") == 2
