@@ -33,7 +33,7 @@ class Stopped(KeyboardInterrupt):
     """The stop button ended an answer. An error like any interrupt, so that "Run All" ends here, but a short one."""
 
     def _render_traceback_(self) -> list[str]:
-        return ["\x1b[33mstopped\x1b[0m: the answer above is kept, also in the conversation; --new begins another one"]
+        return ["\x1b[1mstopped\x1b[0m: the answer above is kept, also in the conversation; --new begins another one"]
 
 
 @dataclass(repr=False)

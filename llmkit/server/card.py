@@ -42,7 +42,7 @@ def stages_text(r: Record) -> str:
     total = stages.pop(TOTAL, sum(stages.values()))
     done = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in stages.items() if seconds >= 0.05)
     if r.state == "starting":
-        now = f"now: {r.stage or 'starting the process'}, since {max(0.0, time.time() - r.started):.1f} s in all"
+        now = f"now: {r.stage or 'starting the process'} ({max(0.0, time.time() - r.started):.1f} s so far)"
         return f"{done}; {now}" if done else now
     return f"ready in {total:.1f} s: {done}" if done and r.state == "ready" else ""
 

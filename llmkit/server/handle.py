@@ -7,12 +7,14 @@ ends. `atexit` is for the tidy path. Its folder (`server.records`) lets any proc
 
 from __future__ import annotations
 
+import argparse
 import atexit
 import contextlib
 import hashlib
 import json
 import math
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -117,23 +119,44 @@ def start(words: Sequence[str], reuse: bool = True) -> Server:
     from llmkit.hub.cache import locked
 
     plan = _plan(words)
-    key = _key(plan)
+    any_port = not hasattr(_parsed(words), "port")
+    key = _key(plan, any_port)
     with locked(records.root() / key):
         living = next((r for r in records.all_records() if r.key == key and r.state in ("starting", "ready")), None)
-        return Server(living.folder) if living and reuse else _launch(list(words), key, plan)
+        if living and reuse:
+            return Server(living.folder)
+        busy = any_port and _is_taken(plan.serving.host, plan.serving.port)
+        return _launch([*words, *(["--port", "0"] if busy else [])], key, plan)
+
+
+def _parsed(words: Sequence[str]) -> argparse.Namespace:
+    from llmkit.cli import parse
+
+    return parse(words)
 
 
 def _plan(words: Sequence[str]) -> Plan:
     """What the words mean; mistakes in them come to light here, before anything is started."""
-    from llmkit.cli import parse
     from llmkit.cli.serve import plan_of
 
-    return plan_of(parse(words))
+    return plan_of(_parsed(words))
 
 
-def _key(plan: Plan) -> str:
+def _is_taken(host: str, port: int) -> bool:
+    """Whether somebody listens there already. The usual port is taken where it is free, for it is what tutorials name."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server does: one that has just ended is no obstacle
+        try:
+            probe.bind((host, port))
+        except OSError:
+            return True
+    return False
+
+
+def _key(plan: Plan, any_port: bool) -> str:
     """A digest of a server's options, of the Python that runs it, and of the GPUs that it sees."""
     meaning, folder = plan.to_plain(), Path(plan.engine.model).expanduser()
+    meaning["serving"]["port"] = 0 if any_port else plan.serving.port
     meaning["engine"]["model"] = str(folder.resolve()) if folder.exists() else plan.engine.model
     about = [json.dumps(meaning, sort_keys=True), __version__, COMMAND, os.environ.get("CUDA_VISIBLE_DEVICES")]
     return hashlib.sha256(repr(about).encode()).hexdigest()[:16]

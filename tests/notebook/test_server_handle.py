@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -55,6 +56,22 @@ def test_the_same_arguments_find_the_living_server_however_they_are_spelled():
     first.stop()
     again = llmkit.serve("m", max_model_len=64, enforce_eager=True)
     assert again != first
+
+
+def test_without_a_port_the_usual_one_is_taken_if_it_is_free(monkeypatch):
+    monkeypatch.setattr(handle, "_is_taken", lambda host, port: (host, port) == ("127.0.0.1", 8000))
+    server = handle.start(["serve", "m"])
+    assert handle.start(["serve", "m"]) == server
+    assert records.read_json(server.folder / records.STARTED_FILE)["words"] == ["serve", "m", "--port", "0"]
+    other = handle.start(["serve", "m", "--port", "8001"])
+    assert records.read_json(other.folder / records.STARTED_FILE)["words"] == ["serve", "m", "--port", "8001"]
+
+
+def test_a_port_is_taken_while_somebody_listens():
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        port = listening.getsockname()[1]
+        assert handle._is_taken("127.0.0.1", port)
+    assert not handle._is_taken("127.0.0.1", port)
 
 
 def test_another_process_finds_it_and_does_not_end_it():
