@@ -1,4 +1,4 @@
-"""`llmkit bench throughput|latency|startup`: arguments, and the way from them to a report."""
+"""`llmkit bench throughput|latency|startup|serve`: arguments, and the way from them to a report."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmkit.bench import serve_cli
 from llmkit.config import DEFAULT_MODEL, add_engine_arguments, engine_options
 from llmkit.errors import ConfigError
 
@@ -30,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_throughput(commands)
     _add_latency(commands)
     _add_startup(commands)
+    serve_cli.add(commands)
 
 
 def _add_suite(parser: argparse.ArgumentParser) -> None:

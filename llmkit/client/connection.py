@@ -23,7 +23,7 @@ class Exchange(asyncio.Protocol):
         self.response, self.pieces = Response(), deque[Piece]()
         self.failure: Exception | None = None
         self._transport: asyncio.Transport | None = None
-        self._news = asyncio.Event()
+        self._news, self._end = asyncio.Event(), asyncio.Event()
 
     # ---- asyncio calls these
 
@@ -36,12 +36,17 @@ class Exchange(asyncio.Protocol):
             self.pieces.extend((now, piece) for piece in self.response.feed(data))
         except ServerError as e:
             self.failure = e
-        self._news.set()
+        self._tell()
 
     def connection_lost(self, exc: Exception | None) -> None:
         if not self.response.end() and self.failure is None:
             self.failure = exc or ConnectionResetError("the server closed the connection before its answer was whole")
+        self._tell()
+
+    def _tell(self) -> None:
         self._news.set()
+        if self.response.done or self.failure is not None:
+            self._end.set()
 
     # ---- the client calls these
 
@@ -55,6 +60,7 @@ class Exchange(asyncio.Protocol):
         assert self._transport is not None
         self.response, self.failure = Response(), None
         self.pieces.clear()
+        self._end.clear()
         self._transport.write(request)
 
     async def _more(self) -> None:
@@ -86,9 +92,8 @@ class Exchange(asyncio.Protocol):
 
     async def whole(self) -> None:
         """Wait for the end of the body, leaving it in `pieces`: nothing is woken for a piece that nobody needs yet."""
-        while not self.response.done:
-            self._check()
-            await self._more()
+        await self._end.wait()
+        self._check()
 
     def close(self) -> None:
         if self._transport is not None:

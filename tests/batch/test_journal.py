@@ -25,7 +25,7 @@ def ids(path):
     return [json.loads(text)["id"] for text in path.read_bytes().splitlines()]
 
 
-@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(cuts=st.lists(st.integers(0, 3000), max_size=4), group=st.integers(1, 4))
 def test_no_answer_is_lost_or_repeated_at_any_cut(cuts, group, tmp_path_factory):
     folder = tmp_path_factory.mktemp("batch")
