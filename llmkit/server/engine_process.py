@@ -14,7 +14,9 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +26,7 @@ from llmkit.config import EngineConfig
 from llmkit.engine.request import Request
 from llmkit.errors import EngineUnavailableError, InvalidRequestError, LlmkitError
 from llmkit.outputs import Logprob
-from llmkit.sampling_params import SamplingParams
+from llmkit.sampling_params import SamplingParams, StructuredOutputs
 from llmkit.server.lifeline import when_stdin_closes
 from llmkit.server.wire import (
     Add,
@@ -44,9 +46,44 @@ from llmkit.server.wire import (
 
 if TYPE_CHECKING:
     from llmkit.engine.engine import Engine, StepOutput
+    from llmkit.engine.grammar import Grammar
     from llmkit.engine.start import Started
 
 STATS_EVERY = 0.25  # seconds between two counts sent to a front that gets no tokens
+
+
+class Compiler:
+    """A thread for what may take long, and a descriptor that is readable when some of it is done."""
+
+    def __init__(self) -> None:
+        self._threads = ThreadPoolExecutor(1, "llmkit-grammars")
+        self._done: deque[tuple[Any, Any]] = deque()
+        self._readable, self._writable = os.pipe()
+
+    def fileno(self) -> int:
+        return self._readable
+
+    def submit(self, work: Callable[[], Any], tag: Any) -> None:
+        """Have `work` done; `results` has the tag with what it returned, or with the LlmkitError that it raised."""
+        self._threads.submit(self._run, work, tag)
+
+    def _run(self, work: Callable[[], Any], tag: Any) -> None:
+        try:
+            outcome = work()
+        except LlmkitError as e:
+            outcome = e
+        except Exception as e:  # a library's own failure: this request's end, and nobody else's
+            traceback.print_exc()
+            what = f"structured_outputs cannot be used: {type(e).__name__}: {e}"
+            outcome = InvalidRequestError(what, param="structured_outputs")
+        self._done.append((tag, outcome))
+        os.write(self._writable, b".")
+
+    def results(self) -> Iterator[tuple[Any, Any]]:
+        """(tag, outcome) of what is done by now."""
+        os.read(self._readable, 4096)
+        while self._done:
+            yield self._done.popleft()
 
 
 class Front:
@@ -55,6 +92,7 @@ class Front:
     def __init__(self, channel: Channel) -> None:
         self.channel = channel
         self.requests: dict[int, Request] = {}
+        self.compiling: set[int] = set()  # first handles of those whose grammars are being compiled
         self.handles: list[int] = []
         self.tokens: list[int] = []
         self.logprobs: list[tuple[int, list[tuple[int, float, int | None]]]] = []
@@ -84,8 +122,10 @@ class EngineServer:
         self._engine.token_text = _no_text  # fronts have a tokenizer, and more time
         self._owners: dict[Request, tuple[Front, int]] = {}
         self._silent: set[Request] = set()  # those without a token yet
+        self._compiler = Compiler()
         self._selector = selectors.DefaultSelector()
-        self._selector.register(control, selectors.EVENT_READ, None)
+        self._selector.register(control, selectors.EVENT_READ, self._hear_supervisor)
+        self._selector.register(self._compiler, selectors.EVENT_READ, self._hear_compiler)
 
     def run(self) -> None:
         """Serve, until Gone says that the supervisor is."""
@@ -99,8 +139,8 @@ class EngineServer:
     def _read_mail(self) -> None:
         """Everything that has come; waits for something to come when there is nothing to do."""
         for key, events in self._selector.select(0 if self._engine.has_work else None):
-            if key.data is None:
-                self._hear_supervisor()
+            if not isinstance(key.data, Front):
+                key.data()
                 continue
             with self._losing(key.data):
                 if events & selectors.EVENT_WRITE:
@@ -120,6 +160,7 @@ class EngineServer:
             if isinstance(message, Add):
                 self._add(front, message)
             elif isinstance(message, End):
+                front.compiling.difference_update(message.handles)
                 self._end([r for h in message.handles if (r := front.requests.get(h))])
 
     def _watch(self, front: Front) -> None:
@@ -135,33 +176,54 @@ class EngineServer:
             yield
         except Gone:
             self._end(list(front.requests.values()))
+            front.compiling.clear()
             self._selector.unregister(front.channel)
             front.channel.close()
 
     def _fronts(self) -> list[Front]:
-        return [key.data for key in list(self._selector.get_map().values()) if key.data is not None]
+        return [key.data for key in list(self._selector.get_map().values()) if isinstance(key.data, Front)]
 
     # ---- requests
 
     def _add(self, front: Front, message: Add) -> None:
-        try:
-            requests = self._requests(message)
-        except LlmkitError as e:
-            handles = list(range(message.handle, message.handle + message.count))
-            param = e.param if isinstance(e, InvalidRequestError) else None
-            front.channel.send(Refused(handles, type(e).__name__, e.message, e.hint, param))
+        """Queue a prompt; one with a grammar once that is compiled, which may take long and holds up nobody."""
+        params = SamplingParams(**message.params)
+        spec = params.structured_outputs
+        if spec is None:
+            self._queue(front, message, params, None)
             return
-        for i, request in enumerate(requests):
+        front.compiling.add(message.handle)
+        self._compiler.submit(lambda: self._grammar(spec), (front, message, params))
+
+    def _hear_compiler(self) -> None:
+        """Queue those whose grammars are compiled, and are still wanted."""
+        for (front, message, params), outcome in self._compiler.results():
+            if message.handle not in front.compiling:
+                continue
+            front.compiling.remove(message.handle)
+            with self._losing(front):
+                if isinstance(outcome, LlmkitError):
+                    self._refuse(front, message, outcome)
+                else:
+                    self._queue(front, message, params, outcome)
+
+    @staticmethod
+    def _refuse(front: Front, message: Add, e: LlmkitError) -> None:
+        handles = list(range(message.handle, message.handle + message.count))
+        param = e.param if isinstance(e, InvalidRequestError) else None
+        front.channel.send(Refused(handles, type(e).__name__, e.message, e.hint, param))
+
+    def _queue(self, front: Front, message: Add, params: SamplingParams, grammar: Grammar | None) -> None:
+        for i, request in enumerate(self._requests(message, params, grammar)):
             front.requests[message.handle + i] = request
             self._owners[request] = (front, message.handle + i)
             self._silent.add(request)
             self._engine.add(request)
 
-    def _requests(self, message: Add) -> list[Request]:
+    @staticmethod
+    def _requests(message: Add, params: SamplingParams, grammar: Grammar | None) -> list[Request]:
         """The n requests of a prompt, of which the others are forks of the first."""
-        params = SamplingParams(**message.params)
         prompt = np.frombuffer(message.prompt, np.int32)
-        grammar = self._grammar(params)
         requests: list[Request] = []
         for i in range(message.count):
             request = Request(
@@ -174,13 +236,11 @@ class EngineServer:
             requests.append(request)
         return requests
 
-    def _grammar(self, params: SamplingParams) -> Any:
-        if params.structured_outputs is None:
-            return None
+    def _grammar(self, spec: StructuredOutputs) -> Grammar:
         from llmkit.engine.grammar import Grammar
 
         vocab_size = self._started.model_config.vocab_size
-        return Grammar.compile(params.structured_outputs, self._started.tokenizer, vocab_size, self._eos_ids or None)
+        return Grammar.compile(spec, self._started.tokenizer, vocab_size, self._eos_ids or None)
 
     def _end(self, requests: list[Request]) -> None:
         """End requests of which nobody wants to hear any more."""

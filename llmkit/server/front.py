@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import socket
 import time
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import llmkit
+from llmkit.errors import ConfigError
 from llmkit.server.aside import aside
 from llmkit.server.link import EngineLink
 from llmkit.server.prometheus import Shared
@@ -118,6 +120,15 @@ class HttpFront:
                 "stats": self.link.stats()} | self.link.info  # fmt: skip
 
 
+def log_to_stderr(level: str) -> None:
+    """llmkit's own log; the root logger is left to others."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logger = logging.getLogger("llmkit.server")
+    logger.handlers, logger.propagate = [handler], False
+    logger.setLevel("DEBUG" if level == "trace" else level.upper())
+
+
 def _uvicorn_server(app: Door, plan: Plan) -> Any:
     import uvicorn
 
@@ -134,5 +145,9 @@ def _uvicorn_server(app: Door, plan: Plan) -> Any:
         timeout_keep_alive=int(s.keep_alive_timeout), ssl_keyfile=s.ssl_keyfile, ssl_certfile=s.ssl_certfile,
         ssl_ca_certs=s.ssl_ca_certs, ssl_cert_reqs=s.ssl_cert_reqs, ssl_keyfile_password=s.ssl_keyfile_password, ws="none",
     )  # fmt: skip
-    config.load()
+    try:
+        config.load()
+    except OSError as e:  # ssl.SSLError is one
+        what = f"the certificate or its key cannot be used: {e}"
+        raise ConfigError(what, "--ssl-certfile and --ssl-keyfile name .pem files") from e
     return Server(config)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 import signal
 import socket
@@ -11,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from llmkit.server.front import HttpFront
+from llmkit.server.front import HttpFront, log_to_stderr
 from llmkit.server.lifeline import when_stdin_closes
 from llmkit.server.serve_options import Plan
 from llmkit.server.wire import BeFront, Channel, EngineGone, FrontUp, Gone, NewEngine, Stage, Stop
@@ -48,7 +47,7 @@ class FrontServer:
 
     def _begin(self, order: BeFront) -> None:
         plan = Plan.from_plain(order.plan)
-        logging.basicConfig(level=plan.serving.log_level.upper() if plan.serving.log_level != "trace" else "DEBUG")
+        log_to_stderr(plan.serving.log_level)
         listening, numbers = self._channel.take_socket(), self._channel.files.popleft()
         self._front = HttpFront(plan, listening, order.number, order.count, numbers)
         self._do(self._serve(self._front), then_end=True)

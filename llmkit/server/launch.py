@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import logging
 import signal
 import socket
 import sys
@@ -15,6 +14,7 @@ from llmkit.config import EngineConfig
 from llmkit.errors import LlmkitError
 from llmkit.server.address import listen, url_of
 from llmkit.server.aside import aside
+from llmkit.server.front import log_to_stderr
 from llmkit.server.fronts import fronts
 from llmkit.server.keeper import EngineKeeper
 from llmkit.server.lifeline import when_stdin_closes
@@ -22,12 +22,10 @@ from llmkit.server.run_file import RunFile
 from llmkit.server.serve_options import Plan
 from llmkit.server.wire import Stage, Start
 
-log = logging.getLogger("llmkit.server")
-
 
 def launch(plan: Plan) -> int:
     """Serve until told to stop; the exit code. Raises the error of a start that failed, after telling it in the run file."""
-    _log_to_stderr(plan.serving.log_level)
+    log_to_stderr(plan.serving.log_level)
     run_file = RunFile(plan.serving.run_file, model=plan.engine.model, served_model_names=list(plan.names),
                        stage="find the model")  # fmt: skip
     try:
@@ -37,6 +35,9 @@ def launch(plan: Plan) -> int:
             return asyncio.run(Launcher(plan, sock, run_file).run())
     except LlmkitError as e:
         run_file.fail(e)
+        raise
+    except Exception as e:
+        run_file.fail(LlmkitError(f"the server failed: {type(e).__name__}: {e}", "its log has the traceback"))
         raise
     finally:
         if plan.serving.uds:
@@ -156,12 +157,3 @@ def find_model(config: EngineConfig) -> tuple[Path, Path]:
 def _first(group: BaseExceptionGroup[LlmkitError]) -> LlmkitError:
     found = group.exceptions[0]
     return _first(found) if isinstance(found, BaseExceptionGroup) else found
-
-
-def _log_to_stderr(level: str) -> None:
-    """llmkit's own log; the root logger is left to others."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    logger = logging.getLogger("llmkit.server")
-    logger.handlers, logger.propagate = [handler], False
-    logger.setLevel("DEBUG" if level == "trace" else level.upper())
