@@ -252,11 +252,12 @@ def _with_text_arguments(chat: list[Message]) -> list[Message]:
 
 def _template_fault(template: str, chat: list[Message], variables: dict[str, Any]) -> InvalidRequestError:
     """The error of a failed rendering, with the first message at which the template stops in this way."""
-    errors = [_error_of(template, chat[: n + 1], variables) for n in range(len(chat))]
-    first = next((i for i, e in enumerate(errors) if e == errors[-1]), len(chat) - 1)
+    error, last = _error_of(template, chat, variables), len(chat) - 1
+    # looked for in short conversations only: the time grows with the square of their length
+    first = next((n for n in range(last) if _error_of(template, chat[: n + 1], variables) == error), last) if last < 100 else last
     return InvalidRequestError(
-        f"messages[{first}] does not fit the chat template: {errors[-1]}",
-        f"roles were {', '.join(str(m['role']) for m in chat)}; change the messages, or pass another chat_template=",
+        f"messages[{first}] does not fit the chat template: {error}",
+        f"roles were {', '.join(str(m['role']) for m in chat[:100])}; change the messages, or pass another chat_template=",
         f"messages[{first}]",
     )
 

@@ -25,7 +25,7 @@ from llmkit.server.protocol import CompletionRequest
 from llmkit.server.served import Served
 from llmkit.server.streaming import DONE, EventStream, answer, frame, merged, together
 
-MAX_PROMPTS = 2048
+MAX_ANSWERS = 2048
 
 
 def router(engine: EngineClient, options: ServerOptions) -> APIRouter:
@@ -68,8 +68,9 @@ async def _prompts(served: Served, body: CompletionRequest) -> list[TokenPrompt]
     if given is None:
         raise refuse("prompt is missing", "prompt", "give text, token ids, or a list of these")
     many = given if isinstance(given, list) and given and isinstance(given[0], (str, list)) else [given]
-    if len(many) > MAX_PROMPTS:
-        raise refuse(f"{len(many)} prompts in one request; at most {MAX_PROMPTS}", "prompt", "send several requests")
+    if len(many) * (body.n or 1) > MAX_ANSWERS:
+        asked = f"{len(many)} prompts" + (f" of {body.n} answers each" if (body.n or 1) > 1 else "")
+        raise refuse(f"{asked} in one request; at most {MAX_ANSWERS} answers", "prompt", "send several requests")
     special = body.add_special_tokens is not False
     return [await _prompt(served, p, special) for p in many]
 

@@ -17,6 +17,7 @@ from llmkit.server.tools.schema import closed
 
 log = logging.getLogger("llmkit.server")
 IGNORED_HEADER = "X-Llmkit-Ignored"
+MAX_STOPS, MAX_BAD_WORDS, MAX_WORD = 128, 1024, 512
 _SAMPLING = ("n", "temperature", "top_p", "presence_penalty", "frequency_penalty", "seed", "stop", "logit_bias", "top_k", "min_p",
              "repetition_penalty", "min_tokens", "stop_token_ids", "include_stop_str_in_output", "ignore_eos", "bad_words",
              "allowed_token_ids", "skip_special_tokens", "spaces_between_special_tokens", "prompt_logprobs")  # fmt: skip
@@ -70,6 +71,7 @@ def sampling_params(served: Served, body: GenerationBody, **own: Any) -> Samplin
 
     Raises InvalidRequestError or 400 naming the field.
     """
+    _check_sizes(body)
     given = {name: value for name in _SAMPLING if (value := getattr(body, name)) is not None}
     chosen = served.defaults | given | {n: v for n, v in own.items() if v is not None}
     chosen.setdefault("structured_outputs", structure(body))
@@ -80,11 +82,22 @@ def sampling_params(served: Served, body: GenerationBody, **own: Any) -> Samplin
     return SamplingParams(**chosen)
 
 
+def _check_sizes(body: GenerationBody) -> None:
+    """What costs more than its length, for everybody, has a bound: each token is compared with each stop string."""
+    if body.stream_options is not None and not body.stream:
+        raise refuse("stream_options go with stream: true", "stream_options", "drop them, or stream")
+    for name, most in (("stop", MAX_STOPS), ("bad_words", MAX_BAD_WORDS)):
+        words = getattr(body, name)
+        words = [words] if isinstance(words, str) else words or []
+        if len(words) > most or any(len(w) > MAX_WORD for w in words):
+            raise refuse(f"{name} takes at most {most} strings of at most {MAX_WORD} characters", name)
+
+
 def _bias(served: Served, given: dict[str, float]) -> dict[int, float]:
     wrong = next((k for k in given if not (k.isascii() and k.isdigit() and len(k) < 12)), None)
     if wrong is not None:
         raise refuse(f"logit_bias: {wrong[:40]!r} is no token id", "logit_bias")
-    bias = {int(k): v for k, v in given.items()}
+    bias = {int(k): min(100.0, max(-100.0, v)) for k, v in given.items()}  # as OpenAI and vLLM bound it
     served.checked_ids(list(bias), "logit_bias")
     return bias
 

@@ -63,7 +63,7 @@ class GenerationBody(RequestBody):
     """What both ways of generating share: sampling, structure, streaming. None means the model's default."""
 
     n: Annotated[int, Field(ge=1, le=128)] | None = None
-    temperature: Annotated[float, Field(ge=0)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=1e6)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
@@ -77,7 +77,7 @@ class GenerationBody(RequestBody):
 
     top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=1e-6, le=1e6)] | None = None
     min_tokens: Count | None = None
     stop_token_ids: list[Whole] | None = None
     include_stop_str_in_output: bool | None = None

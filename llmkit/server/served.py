@@ -18,7 +18,7 @@ from llmkit.server.options import ServerOptions
 from llmkit.server.protocol import ChatBody, RequestBody, TokenizeRequest
 from llmkit.tokenizer import Tokenizer
 
-_LONG_TEXT = 20_000  # characters above which encoding goes to a thread: the event loop shall not stand still for it
+_LONG_TEXT, _MANY_MESSAGES = 20_000, 200  # characters and messages above which a thread does it: the event loop shall not wait
 _DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 _NOT_VARIABLES = {"tokenizer", "messages", "chat_template", "tools", "add_generation_prompt", "continue_final_message"}
 
@@ -96,15 +96,18 @@ class Served:
 
     async def chat_prompt(self, body: ChatBody | TokenizeRequest, messages: Any, tools: Any = None) -> TokenPrompt:
         """The conversation as the engine wants it. Raises InvalidRequestError naming the message at fault."""
-        text = render_chat(
-            self.tokenizer,
-            flattened(messages) if self.options.chat_template_content_format == "string" else messages,
-            chat_template=self.template_of(body),
-            tools=tools,
-            add_generation_prompt=body.add_generation_prompt,
-            continue_final_message=bool(body.continue_final_message),
+        options: dict[str, Any] = {
             **_variables(body),
-        )
+            "chat_template": self.template_of(body),
+            "tools": tools,
+            "add_generation_prompt": body.add_generation_prompt,
+            "continue_final_message": bool(body.continue_final_message),
+        }
+        messages = flattened(messages) if self.options.chat_template_content_format == "string" else messages
+        if isinstance(messages, list) and len(messages) > _MANY_MESSAGES:
+            text = await asyncio.to_thread(render_chat, self.tokenizer, messages, **options)
+        else:
+            text = render_chat(self.tokenizer, messages, **options)
         return await self.encode(text, bool(getattr(body, "add_special_tokens", None)))
 
     async def encode(self, text: str, add_special_tokens: bool) -> TokenPrompt:

@@ -104,6 +104,11 @@ def test_no_max_tokens_is_not_sixteen(server):
         ({"min_tokens": 9}, "min_tokens"),
         ({"allowed_token_ids": []}, "allowed_token_ids"),
         ({"stop": [""]}, "stop"),
+        ({"stop": ["a"] * 129}, "stop"),
+        ({"stop": "a" * 100_000}, "stop"),
+        ({"bad_words": ["a"] * 2000}, "bad_words"),
+        ({"prompt": ["a"] * 1025, "n": 2}, "prompt"),
+        ({"stream_options": {"include_usage": True}}, "stream_options"),
     ],
 )
 def test_a_wrong_field_is_a_400_that_names_it(server, body, param):

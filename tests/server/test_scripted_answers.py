@@ -78,6 +78,19 @@ def test_no_calls_are_looked_for_where_none_are_wanted(stub):
     assert httpx.post(f"{off.v1}/chat/completions", json=BODY).json()["error"]["param"] == "tools"
 
 
+def test_a_format_of_calls_that_nobody_reads_is_refused(stub):
+    server = stub({"chat_template": "{{ tools }}<tool_call><function="})
+    assert httpx.post(f"{server.v1}/chat/completions", json=BODY).json()["error"]["param"] == "tools"
+    assert httpx.post(f"{server.v1}/chat/completions", json=BODY | {"tool_choice": "required"}).status_code == 200
+
+
+def test_a_conversation_of_a_thousand_messages_is_refused_as_fast_as_it_is_answered(stub):
+    server = stub({"chat_template": "{% if messages | length > 900 %}{{ raise_exception('no') }}{% endif %}a"})
+    for count, status in ((800, 200), (1000, 400)):
+        body = {"messages": [{"role": "user", "content": "Hi"}] * count}
+        assert httpx.post(f"{server.v1}/chat/completions", json=body, timeout=5).status_code == status
+
+
 def test_allowed_tools(stub):
     server = stub({"chat_template": HERMES}, pieces=[ANSWERS["hermes"]])
     tools = [{"type": "function", "function": {"name": "look"}}]

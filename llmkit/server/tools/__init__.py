@@ -11,7 +11,7 @@ from typing import Any
 from llmkit.sampling_params import StructuredOutputs
 from llmkit.server.errors import refuse
 from llmkit.server.message import CallIds, Parser
-from llmkit.server.options import ServerOptions
+from llmkit.server.options import TOOL_PARSERS, ServerOptions
 from llmkit.server.tools.in_text import with_tools_in_text
 from llmkit.server.tools.parsers import PARSERS, OneCall, required
 from llmkit.server.tools.schema import Tool, arguments_schema, calls_schema
@@ -53,6 +53,9 @@ class ToolUse:
                          "start it with --enable-auto-tool-choice, or name the tool")  # fmt: skip
         in_text = "tools" not in template
         parser = options.tool_call_parser or ("hermes" if in_text else detect_parser(template))
+        if chosen == "auto" and parser is None:
+            raise refuse(f"this model writes tool calls in a way that is not read here ({', '.join(TOOL_PARSERS)} are)", "tools",
+                         'use tool_choice "required", name the tool, or start the server with --tool-call-parser')  # fmt: skip
         return cls(allowed, chosen, named, parser, in_text, parallel is not False)
 
     @property
