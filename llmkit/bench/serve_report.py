@@ -67,7 +67,7 @@ class ServeReport:
         else:
             _curve(canvas(2, height=3.2), self.summaries)
         plt.gcf().suptitle(f"{self.model} · {self.work}", fontsize=10)
-        plt.savefig(path)
+        plt.savefig(path, dpi=150)
         plt.close()
 
 
@@ -93,6 +93,7 @@ def _spread(axes: Any, run: Run) -> None:
     axes[1].plot([1e3 * g for g in gaps], _shares(len(gaps)), color=ORANGE, label="ITL")
     for ax, what in zip(axes, ("from when a request was due", "between pieces of an answer")):
         ax.set(xscale="log", xlabel=f"ms {what}", ylabel="share of all", ylim=(0, 1.02))
+        _plain_numbers(ax.xaxis)
         ax.legend(frameon=False, fontsize=8)
     axes[0].set_title(f"{run.load}; p99 of TTFT {1e3 * percentile([o.ttft for o in good], 99):,.0f} ms", fontsize=9)
 
@@ -110,6 +111,17 @@ def _curve(axes: Any, summaries: Sequence[Summary]) -> None:
             ax.plot(speed, [s.latencies.get(name, {}).get(p, float("nan")) for s in summaries], style, color=colour, label=p)
         for s in summaries:
             ax.annotate(s.load, (s.output_per_s, s.latencies.get(name, {}).get("p50", float("nan"))), fontsize=7,
-                        xytext=(3, -9), textcoords="offset points")  # fmt: skip
+                        xytext=(4, -9), textcoords="offset points")  # fmt: skip
         ax.set(yscale="log", xlabel="output tokens a second", ylabel=f"{LATENCIES[name]} ms")
+        ax.margins(x=0.12, y=0.15)
+        _plain_numbers(ax.yaxis)
         ax.legend(frameon=False, fontsize=8)
+
+
+def _plain_numbers(axis: Any) -> None:
+    """1, 2, 5, 10 on a logarithmic axis, not powers."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    axis.set_minor_formatter(NullFormatter())

@@ -22,7 +22,7 @@ def _add_bench(commands: Any) -> None:
 
         add_arguments(parser)
 
-    command(commands, "bench", "measure throughput, latency or startup against the machine's limits", _bench, fill=fill)
+    command(commands, "bench", "measure throughput, latency, startup, or a server under load", _bench, fill=fill)
 
 
 def _bench(args: argparse.Namespace) -> int | None:

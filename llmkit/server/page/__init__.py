@@ -31,11 +31,11 @@ def router(engine: EngineClient, options: ServerOptions) -> APIRouter:
         return routes
     files = {path.name: path for path in FOLDER.iterdir() if path.suffix in KINDS}
 
-    @routes.get("/")
+    @routes.api_route("/", methods=["GET", "HEAD"])
     async def index() -> Response:
         return _file(files["index.html"])
 
-    @routes.get("/page/{name}")
+    @routes.api_route("/page/{name}", methods=["GET", "HEAD"])
     async def part(name: str) -> Response:
         if name not in files:
             raise HTTPException(404, f"the page has no file {name!r}")
