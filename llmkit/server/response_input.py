@@ -133,18 +133,19 @@ def input_items(given: Any) -> list[Item]:
 
 def add_items(talk: Conversation, items: list[Item], where: str = "input") -> None:
     """Append items to a conversation. Calls join the assistant's message before them, as do its thoughts."""
-    calls: dict[Any, Any] = {}
+    calls: dict[str, str] = {}
     for i, item in enumerate(items):
         kind, place = item.get("type"), f"{where}[{i}]"
         if kind == "message":
             _add_message(talk, item, place)
         elif kind == "function_call":
-            calls[item.get("call_id")] = item.get("name")
-            _turn(talk, place).setdefault("tool_calls", []).append(_call(item, place))
+            call = _call(item, place)
+            calls[call["id"]] = call["function"]["name"]
+            _turn(talk, place).setdefault("tool_calls", []).append(call)
         elif kind == "function_call_output":
             _add_output(talk, item, place, calls)
         elif kind == "reasoning":
-            talk.add(place, "assistant", reasoning_content=_thoughts(item))
+            talk.add(place, "assistant", reasoning_content=_thoughts(item, place))
         else:
             raise refuse(f"{place} is of type {str(kind)[:60]!r}; messages, function calls, their outputs and reasoning are read",
                          f"{place}.type")  # fmt: skip
@@ -179,24 +180,27 @@ def _turn(talk: Conversation, place: str) -> dict[str, Any]:
 
 def _call(item: Item, place: str) -> dict[str, Any]:
     name, arguments = item.get("name"), item.get("arguments")
-    if not isinstance(name, str) or not isinstance(arguments, str):
-        raise refuse(f"{place} needs a name and arguments, which are JSON text", place)
+    if not isinstance(name, str) or not isinstance(arguments, str) or not isinstance(item.get("call_id"), str):
+        raise refuse(f"{place} needs a call_id, a name and arguments, which are JSON text", place)
     try:
         json.loads(arguments or "{}")
     except (ValueError, RecursionError) as e:
         raise refuse(f"{place}.arguments is not valid JSON: {str(e)[:200]}", f"{place}.arguments") from e
-    return {"id": item.get("call_id"), "type": "function", "function": {"name": name, "arguments": arguments}}
+    return {"id": item["call_id"], "type": "function", "function": {"name": name, "arguments": arguments}}
 
 
-def _add_output(talk: Conversation, item: Item, place: str, calls: Mapping[Any, Any]) -> None:
+def _add_output(talk: Conversation, item: Item, place: str, calls: Mapping[str, str]) -> None:
     if not isinstance(item.get("call_id"), str):
         raise refuse(f"{place} needs the call_id that it answers", f"{place}.call_id")
     named = {"name": calls[item["call_id"]]} if item["call_id"] in calls else {}
     talk.add(place, "tool", tool_call_id=item["call_id"], content=item.get("output"), **named)
 
 
-def _thoughts(item: Item) -> str:
-    parts = [*(item.get("content") or []), *(item.get("summary") or [])]
+def _thoughts(item: Item, place: str) -> str:
+    content, summary = item.get("content") or [], item.get("summary") or []
+    if not isinstance(content, list) or not isinstance(summary, list):
+        raise refuse(f"{place}: content and summary of reasoning are lists of parts", place)
+    parts = [*content, *summary]
     return "\n".join(p["text"] for p in parts if isinstance(p, Mapping) and isinstance(p.get("text"), str))
 
 

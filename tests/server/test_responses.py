@@ -325,7 +325,7 @@ def test_a_reader_who_leaves_frees_the_engine(scripted, serve):
         ({"input": [{"content": "a"}]}, "input[0].role", "must be text"),
         ({"input": [{"role": "system", "content": [{"type": "x"}]}], "instructions": "a"}, "input", "text only"),
         ({"input": [{"type": "function_call", "name": "f"}]}, "input[0]", "arguments"),
-        ({"input": [{"type": "function_call", "name": "f", "arguments": "{"}]}, "input[0].arguments", "JSON"),
+        ({"input": [{"type": "function_call", "call_id": "c", "name": "f", "arguments": "{"}]}, "input[0].arguments", "JSON"),
         ({"input": [{"type": "function_call_output", "output": "x"}]}, "input[0].call_id", "call_id"),
         ({"input": "a", "tools": [{"type": "web_search"}]}, "tools[0].type", "web_search"),
         ({"input": "a", "tools": [{"type": "function"}]}, "tools[0].name", "name"),

@@ -56,13 +56,21 @@ NASTY: list[Any] = [
     {"regex": "(" * 50}, {"grammar": "start: start"}, {"0": 1e308}, {"1": 1}, {"type": "function", "function": {"name": "f"}},
     [{"type": "function", "function": {"name": "f", "parameters": {"$ref": "#"}}}], [{"role": "user", "content": None}],
     [{"role": "user", "content": [{}]}], [{"role": "assistant", "tool_calls": [{"function": {"name": 1}}]}],
+    [{"type": "function_call", "name": "f", "arguments": "{}"}], [{"type": "function_call_output", "call_id": "a", "output": 1}],
+    [{"type": "function_call", "call_id": [], "name": "f", "arguments": "{}"}], [{"type": "message", "id": []}],
+    [{"type": "reasoning", "summary": [1], "content": 1}], [{"role": "assistant", "content": [{"type": "refusal"}]}],
+    [{"role": "user", "content": [{"type": "tool_result", "tool_use_id": "a", "content": [1]}]}],
+    [{"role": "assistant", "content": [{"type": "tool_use", "id": "a", "name": "f", "input": {"a": [{}]}}]}],
+    [{"name": "f", "input_schema": {"$ref": "#"}}], [{"type": "function", "name": "f", "parameters": {"$ref": "#"}}],
+    {"type": "allowed_tools", "tools": 1}, {"format": {"type": "json_schema", "schema": {"type": "no"}}},
     [{"role": "tool", "content": 1}], [{"role": 1}], [{"role": "user", "content": "a", "name": {"x": []}}],
 ]  # fmt: skip
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}}}}
 
 
 @pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize"])
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages", "/v1/embeddings",
+                                  "/tokenize", "/detokenize"])  # fmt: skip
 def test_no_field_breaks_the_server(api: Any, path: str, stream: bool) -> None:
     import httpx
 
@@ -70,6 +78,8 @@ def test_no_field_breaks_the_server(api: Any, path: str, stream: bool) -> None:
     body = api.raw_schema["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]["$ref"].split("/")[-1]
     good: dict[str, Any] = {"/v1/chat/completions": {"messages": [{"role": "user", "content": "a"}], "tools": [TOOL]},
                             "/v1/completions": {"prompt": "a"}, "/tokenize": {"prompt": "a"},
+                            "/v1/responses": {"input": "a", "max_output_tokens": 2},
+                            "/v1/messages": {"messages": [{"role": "user", "content": "a"}]}, "/v1/embeddings": {"input": "a"},
                             "/detokenize": {"tokens": [1]}}[path] | {"max_tokens": 2, "stream": stream}  # fmt: skip
 
     statuses: Counter[int] = Counter()
