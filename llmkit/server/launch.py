@@ -96,6 +96,8 @@ class Launcher:
         self._stages["find the model"] = time.monotonic() - begin
         found = dataclasses.replace(config, model=str(folder), tokenizer=str(tokenizer))
         order.set_result(Start(dataclasses.asdict(found), config.model))
+        if self._plan.server.chat_template is not None:
+            await aside(check_template, tokenizer, self._plan)
         home.set_result(tokenizer)
         await self._fronts.wait_until_up()
         await self._keeper.ready.wait()
@@ -152,6 +154,14 @@ def find_model(config: EngineConfig) -> tuple[Path, Path]:
     own = Path(config.tokenizer or folder).expanduser()
     home = own if any(own.glob("tokenizer*")) else hub.resolve(config.tokenizer or str(folder), **where)
     return Path(folder), Path(home)
+
+
+def check_template(home: Path, plan: Plan) -> None:
+    """A chat template that is not there is a failed start, not a failed request."""
+    from llmkit.chat import find_template
+    from llmkit.tokenizer import Tokenizer
+
+    find_template(Tokenizer.from_folder(home, plan.engine.trust_remote_code), plan.server.chat_template)
 
 
 def _first(group: BaseExceptionGroup[LlmkitError]) -> LlmkitError:

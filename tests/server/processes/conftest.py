@@ -126,11 +126,11 @@ def start(tmp_path: Path, dummy_folder: Path) -> Iterator[Callable[..., Serving]
     """start(*flags) -> a server of the dummy model that is still starting."""
     servers: list[Serving] = []
 
-    def begin(*flags: str, model: str | Path = dummy_folder, **how: Any) -> Serving:
+    def begin(*flags: str, model: str | Path = dummy_folder, weights: str = "dummy", **how: Any) -> Serving:
         folder = tmp_path / str(len(servers))
         folder.mkdir()
         named = () if how.get("command") else (str(model),)
-        servers.append(Serving(folder, [*named, "--load-format", "dummy", "--port", "0", *flags], **how))
+        servers.append(Serving(folder, [*named, "--load-format", weights, "--port", "0", *flags], **how))
         return servers[-1]
 
     yield begin

@@ -129,6 +129,8 @@ def test_no_front_imports_torch(server):
     (["--max-model-len", "999999"], "ConfigError", "longer than the model's"),
     (["--kv-cache-memory", "0.0000001"], "OutOfMemoryError", "no room for a KV cache"),
     (["--host", "no.such.host.invalid"], "ConfigError", "is no address"),
+    (["--chat-template", "/no/such.jinja"], "TokenizerError", "/no/such.jinja"),
+    (["--ssl-certfile", "/no/such", "--ssl-keyfile", "/no/such"], "ConfigError", "the certificate or its key cannot be used"),
     (["--tokenizer", "/no/such/tokenizer"], "ModelNotFoundError", "/no/such/tokenizer"),
 ])  # fmt: skip
 def test_a_start_that_fails_says_why_and_exits_1(start, words, kind, message):
@@ -178,3 +180,30 @@ def test_the_run_file_is_whole_at_any_moment(start):
         states.add(json.loads(server.run_file.read_text())["state"] if server.run_file.exists() else None)
     assert states - {None} == {"starting", "ready"}
     server.ready()
+
+
+def test_https(start, tmp_path):
+    import shutil
+    import ssl
+    import subprocess
+
+    import httpx
+
+    if shutil.which("openssl") is None:
+        pytest.skip("no openssl here to make a certificate with")
+    key, cert = tmp_path / "key.pem", tmp_path / "cert.pem"
+    subject = ["-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1", "-days", "2"]
+    subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", key, "-out", cert, *subject],
+                   check=True, capture_output=True)  # fmt: skip
+    server = start("--ssl-certfile", str(cert), "--ssl-keyfile", str(key)).ready()
+    assert server.url.startswith("https://127.0.0.1:")
+    trusting = ssl.create_default_context(cafile=str(cert))
+    assert httpx.get(f"{server.url}/health", verify=trusting, trust_env=False).json() == {"status": "ok"}
+
+
+def test_the_default_model_answers(start):
+    server = start("--dtype", "float32", model=DEFAULT_MODEL, weights="auto").ready()
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    asked = {"model": DEFAULT_MODEL, "messages": question, "max_tokens": 30, "temperature": 0}
+    answer = server.http.post(f"{server.url}/v1/chat/completions", json=asked).raise_for_status().json()
+    assert "Paris" in answer["choices"][0]["message"]["content"]
