@@ -117,9 +117,10 @@ class Watch:
             self._see_first(now - self.begin)
         if index in self.last:
             self._gap((now - self.last[index]) / count, count)
-        self.first.setdefault(index, now)
+        else:
+            self.first[index], self.tokens[index] = now, 0
         self.last[index] = now
-        self.tokens[index] = self.tokens.get(index, 0) + count
+        self.tokens[index] += count
         self.metrics.count("generation_tokens_total", count)
 
     def _see_first(self, seconds: float) -> None:
@@ -128,7 +129,6 @@ class Watch:
 
     def _gap(self, seconds: float, count: int) -> None:
         self.metrics.observe("inter_token_latency_seconds", seconds, count)
-        self.metrics.observe("time_per_output_token_seconds", seconds, count)
 
     def see_whole(self, output: RequestOutput) -> None:
         """A whole answer has come: the engine says when its tokens did."""

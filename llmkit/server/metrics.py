@@ -27,7 +27,6 @@ _COUNTS = tuple(m * 10**e for e in range(7) for m in (1, 2, 5) if m * 10**e <= 1
 HISTOGRAMS: dict[str, tuple[str, Sequence[float]]] = {
     "vllm:time_to_first_token_seconds": ("From a request's arrival to its first token.", _TTFT),
     "vllm:inter_token_latency_seconds": ("From one token of a request to its next.", _TOKEN),
-    "vllm:time_per_output_token_seconds": ("The older name of inter_token_latency_seconds.", _TOKEN),
     "vllm:request_time_per_output_token_seconds": ("Mean time from one token to the next, one value a request.", _TOKEN),
     "vllm:e2e_request_latency_seconds": ("From a request's arrival to its end.", _REQUEST),
     "vllm:request_queue_time_seconds": ("Time a request waited for its first step.", _REQUEST),
@@ -41,6 +40,7 @@ HISTOGRAMS: dict[str, tuple[str, Sequence[float]]] = {
     "vllm:request_params_max_tokens": ("Tokens that a request allowed.", _COUNTS),
     "vllm:request_prefill_kv_computed_tokens": ("Tokens of a prompt that were not in the prefix cache.", _COUNTS),
 }
+OLDER_NAMES = {"vllm:time_per_output_token_seconds": "vllm:inter_token_latency_seconds"}  # which boards still ask for
 COUNTERS = {
     "vllm:prompt_tokens_total": "Tokens of prompts, cached ones too.",
     "vllm:generation_tokens_total": "Tokens that were generated.",
@@ -64,14 +64,17 @@ class Metrics:
         self.store = Store(shared)
         self.histograms = {name: Histogram(buckets, self.store) for name, (_, buckets) in HISTOGRAMS.items()}
         self._counters, self._at = self.store.take(len(COUNTERS))
+        self._place = {name: i for i, name in enumerate(COUNTERS)}
         self._ended, self._ended_at = self.store.take(len(REASONS))
         self.http = HttpMetrics(self.store)
 
     def observe(self, name: str, value: float, times: int = 1) -> None:
-        self.histograms[f"vllm:{name}"].observe(value, times)
+        """name: without vllm:."""
+        self.histograms["vllm:" + name].observe(value, times)
 
     def count(self, name: str, value: float) -> None:
-        self._counters[list(COUNTERS).index(f"vllm:{name}")] += value
+        """name: without vllm:."""
+        self._counters[self._place["vllm:" + name]] += value
 
     def ended(self, reason: str) -> None:
         self._ended[REASONS.index(reason if reason in REASONS else "error")] += 1
@@ -87,6 +90,9 @@ class Metrics:
         for name, histogram in self.histograms.items():
             yield from head(name, "histogram", HISTOGRAMS[name][0])
             yield from histogram.lines(name, labels, sums)
+        for name, newer in OLDER_NAMES.items():
+            yield from head(name, "histogram", f"The older name of {newer}.")
+            yield from self.histograms[newer].lines(name, labels, sums)
         yield from self.http.lines(sums)
 
 
