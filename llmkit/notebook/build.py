@@ -33,6 +33,8 @@ _RULES = [(re.compile(pattern), new) for pattern, new in (
     (r"\b(pid[ =:]+)\d+", r"\1…"),
     (r"\b(127\.0\.0\.1|localhost|0\.0\.0\.0|\[::1\]):\d+", r"\1:…"),
     (r"\b(port[ =:]+)\d{4,5}\b", r"\1…"),
+    (r"\b((?:chat)?cmpl-|call_)[0-9a-f]{16,32}\b", r"\1…"),
+    (r'("created": ?)\d{10}\b', r"\1…"),
 )]
 _MEASUREMENTS = [(re.compile(pattern), new) for pattern, new in (
     (r"\b\d+(\.\d+)? ?(ms|µs|us|ns)\b", r"… \2"),

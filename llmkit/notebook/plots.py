@@ -57,6 +57,20 @@ def plot_rates(ax: Axes, rates: Mapping[str, float], title: str, strong: str = "
     ax.invert_yaxis()
 
 
+def plot_stages(ax: Axes, stages: Mapping[str, float]) -> None:
+    """What a start took, as one bar: a part a stage, in the order they ended; the names stand in the legend, in seconds."""
+    colours, left = [BLUE, ORANGE, GREEN, SKY, PURPLE, RED, GREY], 0.0
+    shown = {name: s for name, s in stages.items() if name != "until ready" and s >= 0.05}
+    for (name, seconds), colour in zip(shown.items(), colours):
+        ax.barh([0], [seconds], left=left, height=0.5, color=colour, edgecolor=CARD, label=f"{name} {seconds:.1f}")
+        left += seconds
+    ax.set(yticks=[], xlim=(0, left), ylim=(-0.3, 0.3), xlabel="seconds")
+    ax.spines["left"].set_visible(False)
+    _title(ax, "What the start took", pad=30)
+    ax.legend(ncols=len(shown), loc="lower left", bbox_to_anchor=(0, 0.98), borderaxespad=0, borderpad=0.3, frameon=False,
+              handlelength=1, columnspacing=1.4, labelcolor=INK, fontsize=9)  # fmt: skip
+
+
 def plot_memory_plan(ax: Axes, plan: MemoryPlan) -> None:
     """The device's memory as one stacked bar; what is in each part stands in the legend, in GiB."""
     colours = {"other processes": GREY, "weights": BLUE, "activations": ORANGE, "KV cache": GREEN, "free": PALE}
@@ -120,6 +134,23 @@ def plot_arrivals(ax: Axes, seconds: Sequence[float], pieces: Sequence[str]) -> 
     ax.set(yticks=[], xlim=(0, ms[-1] * 1.02), ylim=(0, 1), xlabel="ms since the question")
     ax.spines["left"].set_visible(False)
     _title(ax, "When each token came", pad=22)
+
+
+def plot_waterfall(ax: Axes, requests: Mapping[str, Sequence[float]]) -> None:
+    """A row a request: when it was sent, when its tokens came. Each value: seconds, the sending first, then one a token."""
+    for y, (sent, *tokens) in enumerate(requests.values()):
+        ax.barh([y], [tokens[0] - sent], left=sent, height=0.55, color=PALE, label="waiting for the first token")
+        ax.barh([y], [tokens[-1] - tokens[0]], left=tokens[0], height=0.55, color=SKY, label="answering")
+        ax.vlines(tokens, y - 0.275, y + 0.275, color=BLUE, linewidth=0.6, label="a token")
+    ax.set(yticks=range(len(requests)), yticklabels=list(requests), xlabel="seconds since the first was sent")
+    ax.tick_params(axis="y", length=0)
+    ax.spines["left"].set_visible(False)
+    ax.set_xlim(0, None)
+    ax.invert_yaxis()
+    _title(ax, "When each request was sent, and when its tokens came", pad=30)
+    handles = dict(zip(*reversed(ax.get_legend_handles_labels())))
+    ax.legend(handles.values(), handles.keys(), ncols=3, loc="lower left", bbox_to_anchor=(0, 0.98), borderaxespad=0,
+              borderpad=0.3, frameon=False, handlelength=1, columnspacing=1.4, labelcolor=INK, fontsize=9)  # fmt: skip
 
 
 def plot_steps(ax: Axes, steps: Sequence[StepView]) -> None:

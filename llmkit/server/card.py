@@ -44,7 +44,7 @@ def stages_text(r: Record) -> str:
     if r.state == "starting":
         now = f"now: {r.stage or 'starting the process'} ({max(0.0, time.time() - r.started):.1f} s so far)"
         return f"{done}; {now}" if done else now
-    return f"ready in {total:.1f} s: {done}" if done and r.state == "ready" else ""
+    return f"{'was ' * (r.state == 'stopped')}ready in {total:.1f} s: {done}" if done and TOTAL in r.stages else ""
 
 
 def owner_text(r: Record, started_here: bool) -> str:

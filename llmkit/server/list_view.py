@@ -9,7 +9,7 @@ from llmkit.server import records
 from llmkit.server.card import BADGES, MARKS, age_text, owner_text
 from llmkit.server.handle import Server
 
-COLUMNS = ("state", "model", "address", "pid", "age", "owner")
+COLUMNS = ("state", "model", "address", "process", "age", "owner")
 
 
 class Servers(list[Server]):
@@ -18,7 +18,7 @@ class Servers(list[Server]):
     def rows(self) -> list[tuple[str, ...]]:
         """A text for each column."""
         known = [(s, s.record) for s in self]
-        return [(f"{MARKS[r.state]} {r.state}", r.name, f"{r.url}/v1" if r.url else "", str(r.pid), age_text(r),
+        return [(f"{MARKS[r.state]} {r.state}", r.name, f"{r.url}/v1" if r.url else "", f"pid {r.pid}", age_text(r),
                  owner_text(r, s.started_here)) for s, r in known]  # fmt: skip
 
     def __repr__(self) -> str:

@@ -87,7 +87,9 @@ def contrast(page, selector):
       const solid = n => { const c = parse(getComputedStyle(n).backgroundColor); return c.length < 4 || c[3] > .9 }
       while (back.parentElement && !solid(back)) back = back.parentElement
       const colours = [getComputedStyle(node).color, getComputedStyle(back).backgroundColor]
-      const [a, b] = colours.map(c => lum(parse(c).slice(0, 3)))
+      const [[...text], ground] = colours.map(parse)
+      const alpha = text.length > 3 ? text[3] : 1
+      const [a, b] = [lum(text.slice(0, 3).map((v, i) => alpha * v + (1 - alpha) * ground[i])), lum(ground.slice(0, 3))]
       return (Math.max(a, b) + .05) / (Math.min(a, b) + .05)
     }""", selector)
 

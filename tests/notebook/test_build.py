@@ -72,6 +72,7 @@ def test_a_failing_notebook_is_not_written(path):
     ("ready on 127.0.0.1:43127 (port 43127)", "ready on 127.0.0.1:… (port …)"),
     ("took 1.25 s, 3 ms; 7 s are prose", "took … s, … ms; 7 s are prose"),
     ("1,234.5 tokens/s at 61.0 GB/s", "… tokens/s at … GB/s"),
+    ('{"id":"chatcmpl-d9f4e9661bdf4f3eb74fd99f2251c5e3","created":1795366907}', '{"id":"chatcmpl-…","created":…}'),
     ("block 12 of 4096", "block 12 of 4096"),
 ])
 def test_what_differs_between_runs_is_replaced(text, steadied):
