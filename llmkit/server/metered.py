@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncGenerator, Iterator
-from contextlib import aclosing, contextmanager
+from contextlib import ExitStack, aclosing, contextmanager
 from contextvars import ContextVar
 from typing import Any
 
@@ -17,6 +17,7 @@ from llmkit.server.engine_client import EngineClient, EngineFacts, TokenPrompt
 from llmkit.server.metrics import Metrics
 from llmkit.tokenizer import Tokenizer
 
+_NO_ANSWER = SamplingParams(max_tokens=1)  # what an embedding counts as
 _arrived: ContextVar[float | None] = ContextVar("arrived", default=None)  # when the HTTP request came, for who serves it
 
 
@@ -60,14 +61,12 @@ class Metered:
 
     async def embed(self, prompts: list[TokenPrompt], pooling: str = "last", normalize: bool = True) -> list[list[float]]:
         """See EngineClient."""
-        begin = _arrived.get() or time.monotonic()
-        vectors = await self._engine.embed(prompts, pooling, normalize)
-        for prompt in prompts:
-            self.metrics.ended("stop")
-            self.metrics.observe("e2e_request_latency_seconds", time.monotonic() - begin)
-            self.metrics.observe("request_prompt_tokens", len(prompt.ids))
-            self.metrics.count("prompt_tokens_total", len(prompt.ids))
-        return vectors
+        with ExitStack() as watches:
+            each = [watches.enter_context(self._watch(prompt, _NO_ANSWER)) for prompt in prompts]
+            vectors = await self._engine.embed(prompts, pooling, normalize)
+            for watch in each:
+                watch.see_vector()
+            return vectors
 
     @contextmanager
     def _watch(self, prompt: TokenPrompt, params: SamplingParams) -> Iterator[Watch]:
@@ -145,6 +144,11 @@ class Watch:
             self.first[index], self.last[index] = times.first_token_time, times.finished_time
             if count > 1:
                 self._gap((times.finished_time - times.first_token_time) / (count - 1), count - 1)
+
+    def see_vector(self) -> None:
+        """An embedding has come: the prompt was read, and nothing is said."""
+        self.reasons[0] = "stop"
+        self.metrics.count("prompt_tokens_total", self.num_prompt)
 
     def _see_end(self, output: RequestOutput) -> None:
         self.times, self.num_cached = output.metrics, output.num_cached_tokens

@@ -6,6 +6,7 @@ when somebody scrapes.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -79,7 +80,8 @@ class Metrics:
     def ended(self, reason: str) -> None:
         self._ended[REASONS.index(reason if reason in REASONS else "error")] += 1
 
-    def lines(self, labels: Mapping[str, str]) -> Iterator[str]:
+    def lines(self, labels: Mapping[str, str], max_model_len: float = math.inf) -> Iterator[str]:
+        """max_model_len: no count of tokens is larger, so no bucket need be."""
         sums = self.store.sums()
         for (name, help), value in zip(COUNTERS.items(), sums[self._at]):
             yield from head(name, "counter", help)
@@ -89,7 +91,8 @@ class Metrics:
             yield sample("vllm:request_success_total", {**labels, "finished_reason": reason}, value)
         for name, histogram in self.histograms.items():
             yield from head(name, "histogram", HISTOGRAMS[name][0])
-            yield from histogram.lines(name, labels, sums)
+            most = max_model_len if histogram.buckets is _COUNTS else math.inf
+            yield from histogram.lines(name, labels, sums, most)
         for name, newer in OLDER_NAMES.items():
             yield from head(name, "histogram", f"The older name of {newer}.")
             yield from self.histograms[newer].lines(name, labels, sums)
@@ -153,7 +156,7 @@ def exposition(engine: EngineClient, options: ServerOptions) -> Iterator[str]:
         labels = {"model_name": name, "engine": "0"}
         yield from _engine_lines(stats, labels) if stats else ()
         own: Metrics | None = getattr(engine, "metrics", None)
-        yield from own.lines(labels) if own is not None else ()
+        yield from own.lines(labels, engine.facts.max_model_len if engine.healthy else math.inf) if own is not None else ()
         if own is not None and own.store.shared is None:  # with several, each scrape would meet another
             yield from _process_lines()
 

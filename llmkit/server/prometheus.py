@@ -72,22 +72,24 @@ class Histogram:
         self._cells[bisect_left(self.buckets, value)] += times
         self._cells[-1] += value * times
 
-    def lines(self, name: str, labels: Mapping[str, str], sums: Sequence[float]) -> Iterator[str]:
+    def lines(self, name: str, labels: Mapping[str, str], sums: Sequence[float], most: float = math.inf) -> Iterator[str]:
+        """most: buckets above it are not shown."""
         *counts, total = sums[self.where]
-        yield from histogram_lines(name, labels, self.buckets, counts, total)
+        yield from histogram_lines(name, labels, self.buckets, counts, total, most)
 
 
 # ---- text
 
 
 def histogram_lines(
-    name: str, labels: Mapping[str, str], buckets: Sequence[float], counts: Sequence[float], total: float
+    name: str, labels: Mapping[str, str], buckets: Sequence[float], counts: Sequence[float], total: float, most: float = math.inf
 ) -> Iterator[str]:
-    """counts: of each bucket, not summed up, and one more for what is above all."""
+    """counts: of each bucket, not summed up, and one more for what is above all. most: of the buckets shown, besides +Inf."""
     seen = 0.0
     for edge, count in zip((*buckets, math.inf), counts):
         seen += count
-        yield sample(f"{name}_bucket", {**labels, "le": _number(float(edge))}, seen)
+        if edge <= most or edge == math.inf:
+            yield sample(f"{name}_bucket", {**labels, "le": _number(float(edge))}, seen)
     yield sample(f"{name}_count", labels, seen)
     yield sample(f"{name}_sum", labels, total)
 

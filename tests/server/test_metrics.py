@@ -140,6 +140,8 @@ def test_valid_text_with_every_name_of_vllms_boards(engine):
     assert all(s.labels.items() >= LABELS.items() for s in found.samples if s.name.startswith("vllm:"))
     edges = [s.labels["le"] for s in found.samples if s.name == "vllm:iteration_tokens_total_bucket"]
     assert edges == ["1.0", *(f"{2**i}.0" for i in range(3, 15)), "+Inf"]
+    edges = [float(s.labels["le"]) for s in found.samples if s.name == "vllm:request_prompt_tokens_bucket"]
+    assert edges == [1, 2, 5, 10, 20, 50, 100, 200, math.inf]  # 1, 2, 5 ... up to the context's 256, as vLLM
 
 
 def test_figures_agree_with_the_client(engine):
@@ -227,6 +229,9 @@ class Broken:
         raise self.error
         yield
 
+    async def embed(self, *_: Any, **__: Any) -> Any:
+        raise self.error
+
     def stats(self) -> dict[str, Any]:
         return {}
 
@@ -236,9 +241,11 @@ def test_broken_requests_count_and_refused_ones_do_not(error, counted):
     engine = Metered(Broken(error))  # type: ignore[arg-type]
     with pytest.raises(type(error)):
         asyncio.run(read(engine))
+    with pytest.raises(type(error)):
+        asyncio.run(engine.embed([PROMPT]))
     found = scrape(engine)
-    assert found.value("vllm:request_success_total", finished_reason="error") == counted
-    assert found.value("vllm:e2e_request_latency_seconds_count") == counted
+    assert found.value("vllm:request_success_total", finished_reason="error") == 2 * counted
+    assert found.value("vllm:e2e_request_latency_seconds_count") == 2 * counted
     assert "vllm:num_requests_running" not in found.families
 
 
