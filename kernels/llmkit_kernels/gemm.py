@@ -1,4 +1,4 @@
-"""Products of a few tokens with a big weight, where memory speed is the limit: M <= 128 rows of x against W [N, K].
+"""Products of a few tokens with a big weight, where memory speed is the limit: M <= 256 rows of x against W [N, K].
 
 The weight's rows take the tensor core's wide side (swap-AB: Wx, not xWᵀ), so that its instructions are full even at one token,
 and K is split over several programs where N alone does not fill the GPU. The splits' fp32 partial results are not added here
@@ -15,7 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from llmkit_kernels.launch import begin, cdiv, is_hopper, next_power_of_2, pdl
+from llmkit_kernels.launch import begin, cdiv, is_hopper, pdl
+
+MOST_TOKENS = 256
+_SMALL = 16 << 20  # bytes of a weight whose read is over before the launch of its kernel is
 
 
 @dataclass(frozen=True)
@@ -29,73 +32,123 @@ class Tile:
     splits: int = 1
 
 
-def plan(n: int, k: int, m: int) -> Tile:
-    """Tile for W [n, k] and m tokens. Measured on an H100 for Qwen2-7B's shapes; others take the nearest class.
+def beats_cublas(w: SkinnyWeight, m: int) -> bool:
+    """Whether our product of m tokens is faster, measured on an H100 within a whole step. Ours overlaps with the kernels around
+    it and needs none to add up its parts; cuBLAS has tiles of any size, which counts where many tokens meet few rows."""
+    n, k = w.weight.shape
+    if m <= 96:
+        return True
+    return m <= 128 if k >= 8192 else m <= 192 and k >= n >= 2048
 
-    Up to 128 tokens all of them are one tile, so a stage holds 64 rows of W and m of x; six stages must fit 227 KB.
-    """
+
+def token_tiles(m: int) -> tuple[int, int]:
+    """Two tile sizes (the second may be 0) that hold m tokens; a weight tile is read once for both."""
+    for first in (16, 32, 64):
+        if m <= first:
+            return first, 0
+    return (64, 32) if m <= 96 else (128, 0) if m <= 128 else (128, 64) if m <= 192 else (256, 0)
+
+
+def plan(n: int, k: int, m: int) -> Tile:
+    """Tile for W [n, k] and m tokens. Measured on an H100 for Qwen2-7B's shapes; others take the nearest class."""
     block_k = 128 if k % 128 == 0 else 64 if k % 64 == 0 else 32
+    if m <= 32 and k % 512 == 0 and 2 * n * k <= _SMALL:
+        return Tile(64, 512, 4, 1, k // 512)
     if m > 64:
-        return Tile(64, min(64, block_k), 4, 6)
+        return _plan_many(n, k, m, min(64, block_k))
     if n >= 16384:
-        return Tile(64, block_k, 4, 4 if m <= 16 else 6)
+        return Tile(64, block_k, 4, 4 if m <= 16 else 6 if m <= 32 else 3)
+    if k >= 8192 and m > 32:
+        return Tile(64, block_k, 4, 3, 4)
     if k >= 8192:
-        return Tile(64, 256, 4, 3, 2) if 16 < m <= 32 and k % 256 == 0 else Tile(64, block_k, 4, 6, 2)
+        return Tile(64, 256, 4, 3, 2) if m > 16 and k % 256 == 0 else Tile(64, block_k, 4, 6, 2)
     splits = 4 if 1 < m <= 16 and n <= 4096 else 2
     if m == 1 and n <= 4096 and k % 256 == 0:
         return Tile(64, 256, 4, 3, splits)
-    return Tile(64, block_k, 4, 4 if m <= 16 else 6, max(1, min(splits, k // (4 * block_k))))
+    stages = 4 if m <= 16 else 6 if m <= 32 else 3
+    return Tile(64, block_k, 4, stages, max(1, min(splits, k // (4 * block_k))))
+
+
+def _plan_many(n: int, k: int, m: int, block_k: int) -> Tile:
+    """65 to 256 tokens."""
+    if m > 192:
+        return Tile(128, block_k, 8, 4, max(1, min(4, 132 * 128 // n)))
+    if n >= 16384:
+        return Tile(64, block_k, 4, 3 if m <= 128 or n > 65536 else 6)
+    if k >= 8192:
+        return Tile(128, 128, 8, 3, 4) if m <= 128 and k % 128 == 0 else Tile(64, block_k, 4, 6, 4)
+    splits = 3 if n > 4096 else 2
+    if 2 * n * k <= _SMALL:
+        splits = max(1, min(8, 264 * 64 // n))
+    return Tile(64, block_k, 4, 4 if n > 4096 and m <= 128 else 6, max(1, min(splits, k // (4 * block_k))))
 
 
 @triton.jit
-def _tile_product(
-    x, w, w_desc, first_row, k_begin, k_end, M, N, K,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TMA: tl.constexpr,
-):  # fmt: skip
-    """fp32 [BLOCK_N, BLOCK_M]: rows first_row.. of W times x, over columns k_begin..k_end."""
-    tokens, columns = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K)
-    rows = first_row + tl.arange(0, BLOCK_N)
-    acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-    for k in range(k_begin, k_end, BLOCK_K):
-        if TMA:
-            weight = w_desc.load([first_row, k])
-        else:
-            inside = (rows[:, None] < N) & (k + columns[None, :] < K)
-            weight = tl.load(w + rows[:, None].to(tl.int64) * K + k + columns[None, :], mask=inside, other=0.0)
-        inside_x = (tokens[:, None] < M) & (k + columns[None, :] < K)
-        hidden = tl.load(x + tokens[:, None] * K + k + columns[None, :], mask=inside_x, other=0.0)
-        acc = tl.dot(weight, tl.trans(hidden), acc)
-    return acc
+def _load_x(x, x_desc, first_token, k, M, K, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, TMA: tl.constexpr):
+    """[BLOCK_K, BLOCK_M] of xᵀ; zeros outside."""
+    if TMA:
+        return tl.trans(x_desc.load([first_token, k]))
+    tokens, columns = first_token + tl.arange(0, BLOCK_M), k + tl.arange(0, BLOCK_K)
+    inside = (tokens[:, None] < M) & (columns[None, :] < K)
+    return tl.trans(tl.load(x + tokens[:, None] * K + columns[None, :], mask=inside, other=0.0))
+
+
+@triton.jit
+def _load_w(w, w_desc, first_row, k, N, K, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TMA: tl.constexpr):
+    if TMA:
+        return w_desc.load([first_row, k])
+    rows, columns = first_row + tl.arange(0, BLOCK_N), k + tl.arange(0, BLOCK_K)
+    inside = (rows[:, None] < N) & (columns[None, :] < K)
+    return tl.load(w + rows[:, None].to(tl.int64) * K + columns[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def _store(
+    acc, out, first_row, split, first_token, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SILU: tl.constexpr
+):
+    """acc [BLOCK_N, BLOCK_M]; SILU: of pairs of rows, gate and up, silu(gate) · up."""
+    tokens = first_token + tl.arange(0, BLOCK_M)
+    if SILU:
+        gate, up = tl.split(tl.permute(tl.reshape(acc, [BLOCK_N // 2, 2, BLOCK_M]), [0, 2, 1]))
+        columns = first_row // 2 + tl.arange(0, BLOCK_N // 2)
+        inside = (tokens[None, :] < M) & (columns[:, None] < N // 2)
+        tl.store(out + tokens[None, :].to(tl.int64) * (N // 2) + columns[:, None], gate * tl.sigmoid(gate) * up, mask=inside)
+    else:
+        rows = first_row + tl.arange(0, BLOCK_N)
+        where = (split * M + tokens[None, :]).to(tl.int64) * N + rows[:, None]
+        tl.store(out + where, acc, mask=(tokens[None, :] < M) & (rows[:, None] < N))
 
 
 @triton.jit(do_not_specialize=["M"])
-def _partial_products(
-    x, w, w_desc, out, M, N, K, K_SPLIT,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TMA: tl.constexpr, PDL: tl.constexpr,
+def _product(
+    x, x_desc, x_desc2, w, w_desc, out, M, N, K, K_TILES,
+    BLOCK_M: tl.constexpr, BLOCK_M2: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SILU: tl.constexpr,
+    EARLY: tl.constexpr, TMA: tl.constexpr, X_TMA: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    split = tl.program_id(1)
-    first = tl.program_id(0) * BLOCK_N
-    begin(PDL)
-    k_begin = split * K_SPLIT
-    acc = _tile_product(x, w, w_desc, first, k_begin, min(k_begin + K_SPLIT, K), M, N, K, BLOCK_M, BLOCK_N, BLOCK_K, TMA)
-    tokens, rows = tl.arange(0, BLOCK_M), first + tl.arange(0, BLOCK_N)
-    where = (split * M + tokens[None, :]).to(tl.int64) * N + rows[:, None]
-    tl.store(out + where, acc, mask=(tokens[None, :] < M) & (rows[:, None] < N))
-
-
-@triton.jit(do_not_specialize=["M"])
-def _gate_up_silu(
-    x, w, w_desc, out, M, N, K,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TMA: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    first = tl.program_id(0) * BLOCK_N
-    begin(PDL)
-    acc = _tile_product(x, w, w_desc, first, 0, K, M, N, K, BLOCK_M, BLOCK_N, BLOCK_K, TMA)
-    pairs = tl.permute(tl.reshape(acc, [BLOCK_N // 2, 2, BLOCK_M]), [0, 2, 1])
-    gate, up = tl.split(pairs)  # [BLOCK_N / 2, BLOCK_M]
-    tokens, columns = tl.arange(0, BLOCK_M), first // 2 + tl.arange(0, BLOCK_N // 2)
-    value = gate * tl.sigmoid(gate) * up
-    tl.store(out + tokens[None, :] * (N // 2) + columns[:, None], value, mask=(tokens[None, :] < M) & (columns[:, None] < N // 2))
+    """EARLY: there is one tile along K, read while the kernel before this one still computes x."""
+    first_row, split = tl.program_id(0) * BLOCK_N, tl.program_id(1)
+    if EARLY:
+        if PDL:
+            tl.extra.cuda.gdc_launch_dependents()
+        weight = _load_w(w, w_desc, first_row, split * BLOCK_K, N, K, BLOCK_N, BLOCK_K, TMA)
+        if PDL:
+            tl.extra.cuda.gdc_wait()
+        hidden = _load_x(x, x_desc, 0, split * BLOCK_K, M, K, BLOCK_M, BLOCK_K, X_TMA)
+        acc = tl.dot(weight, hidden)
+    else:
+        begin(PDL)
+        acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+        if BLOCK_M2 > 0:
+            acc2 = tl.zeros([BLOCK_N, BLOCK_M2], tl.float32)
+        for i in range(K_TILES):
+            k = (split * K_TILES + i) * BLOCK_K
+            weight = _load_w(w, w_desc, first_row, k, N, K, BLOCK_N, BLOCK_K, TMA)
+            acc = tl.dot(weight, _load_x(x, x_desc, 0, k, M, K, BLOCK_M, BLOCK_K, X_TMA), acc)
+            if BLOCK_M2 > 0:
+                acc2 = tl.dot(weight, _load_x(x, x_desc2, BLOCK_M, k, M, K, BLOCK_M2, BLOCK_K, X_TMA), acc2)
+        if BLOCK_M2 > 0:
+            _store(acc2, out, first_row, split, BLOCK_M, M, N, BLOCK_M2, BLOCK_N, SILU)
+    _store(acc, out, first_row, split, 0, M, N, BLOCK_M, BLOCK_N, SILU)
 
 
 @triton.jit
@@ -138,7 +191,7 @@ class SkinnyWeight:
 
     def descriptor(self, tile: Tile) -> tuple[object, bool]:
         """(TMA descriptor or the weight itself, whether it is a descriptor)."""
-        if not is_hopper() or self.weight.shape[1] * self.weight.element_size() % 16:
+        if not is_hopper() or self.weight.shape[1] * self.weight.element_size() % 16:  # TMA wants rows that begin at 16 bytes
             return self.weight, False
         key = (tile.block_n, tile.block_k)
         if key not in self._descriptors:
@@ -148,42 +201,61 @@ class SkinnyWeight:
         return self._descriptors[key], True
 
 
-def partial_products(x: Tensor, w: SkinnyWeight, out: Tensor | None = None, tile: Tile | None = None) -> Tensor:
-    """x [M, K] · W [N, K]ᵀ as fp32 partial results [S, M, N], whose sum over S is the product. M <= 128."""
+X_TMA_FROM = 16  # tokens; below, plain loads are as quick
+
+
+def _launch(x: Tensor, w: SkinnyWeight, out: Tensor, tile: Tile, silu: bool) -> Tensor:
     (m, k), n = x.shape, w.weight.shape[0]
-    tile = tile or plan(n, k, m)
-    out = torch.empty(tile.splits, m, n, dtype=torch.float32, device=x.device) if out is None else out
-    descriptor, tma = w.descriptor(tile)
-    k_split = cdiv(cdiv(k, tile.splits), tile.block_k) * tile.block_k
-    _partial_products[(cdiv(n, tile.block_n), tile.splits)](
-        x, w.weight, descriptor, out, m, n, k, k_split, BLOCK_M=max(16, next_power_of_2(m)), BLOCK_N=tile.block_n,
-        BLOCK_K=tile.block_k, TMA=tma, num_warps=tile.warps, num_stages=tile.stages, **pdl(),
+    first, second = token_tiles(m)
+    w_desc, tma = w.descriptor(tile)
+    x_tma = tma and (m > X_TMA_FROM or tile.block_k > 256)
+    x_desc = _descriptor(x, first, tile.block_k) if x_tma else x
+    x_desc2 = _descriptor(x, second, tile.block_k) if x_tma and second else x_desc
+    k_tiles = cdiv(cdiv(k, tile.splits), tile.block_k)
+    _product[(cdiv(n, tile.block_n), tile.splits)](
+        x, x_desc, x_desc2, w.weight, w_desc, out, m, n, k, k_tiles, BLOCK_M=first, BLOCK_M2=second, BLOCK_N=tile.block_n,
+        BLOCK_K=tile.block_k, SILU=silu, EARLY=k_tiles == 1 and not second, TMA=tma, X_TMA=x_tma, num_warps=tile.warps,
+        num_stages=tile.stages, **pdl(),
     )  # fmt: skip
     return out
 
 
+def _descriptor(x: Tensor, rows: int, columns: int) -> object:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor.from_tensor(x, [rows, columns])
+
+
+def partial_products(x: Tensor, w: SkinnyWeight, out: Tensor | None = None, tile: Tile | None = None) -> Tensor:
+    """x [M, K] · W [N, K]ᵀ as fp32 partial results [S, M, N], whose sum over S is the product. M <= 256."""
+    (m, k), n = x.shape, w.weight.shape[0]
+    tile = tile or plan(n, k, m)
+    out = torch.empty(tile.splits, m, n, dtype=torch.float32, device=x.device) if out is None else out
+    return _launch(x, w, out, tile, silu=False)
+
+
 def gate_up_silu(x: Tensor, w: SkinnyWeight, out: Tensor | None = None, tile: Tile | None = None) -> Tensor:
-    """silu(x·gateᵀ) · (x·upᵀ), [M, I], for W [2·I, K] whose rows are gate 0, up 0, gate 1, up 1, ...; M <= 128."""
+    """silu(x·gateᵀ) · (x·upᵀ), [M, I], for W [2·I, K] whose rows are gate 0, up 0, gate 1, up 1, ...; M <= 256."""
     (m, k), n = x.shape, w.weight.shape[0]
     out = torch.empty(m, n // 2, dtype=x.dtype, device=x.device) if out is None else out
+    small = m <= 32 and k in (512, 1024) and 2 * n * k <= _SMALL
+    if small and tile is None:
+        tile = Tile(64, k, 4, 1)
     if m == 1 and tile is None:
         _gate_up_silu_1[(cdiv(n // 2, 2),)](x, w.weight, out, n, k, BLOCK=2, BLOCK_K=512, num_warps=1, num_stages=4, **pdl(False))
         return out
     tile = tile or plan(n, k, m)
-    descriptor, tma = w.descriptor(tile)
-    _gate_up_silu[(cdiv(n, tile.block_n),)](
-        x, w.weight, descriptor, out, m, n, k, BLOCK_M=max(16, next_power_of_2(m)), BLOCK_N=tile.block_n,
-        BLOCK_K=tile.block_k, TMA=tma, num_warps=tile.warps, num_stages=tile.stages, **pdl(),
-    )  # fmt: skip
-    return out
+    if tile.splits > 1:
+        tile = Tile(tile.block_n, min(128, tile.block_k), tile.warps, max(3, tile.stages))
+    return _launch(x, w, out, tile, silu=True)
 
 
 def logits(x: Tensor, w: SkinnyWeight, out: Tensor | None = None) -> Tensor:
-    """x [M, K] · W [vocabulary, K]ᵀ as fp32 [M, vocabulary]; M <= 128."""
+    """x [M, K] · W [vocabulary, K]ᵀ as fp32 [M, vocabulary]; M <= 256."""
     (m, k), n = x.shape, w.weight.shape[0]
     out = torch.empty(m, n, dtype=torch.float32, device=x.device) if out is None else out
     if m == 1:
         _product_1[(cdiv(n, 8),)](x, w.weight, out, n, k, BLOCK=8, BLOCK_K=1024, num_warps=8, num_stages=3, **pdl(False))
         return out
-    partial_products(x, w, out.view(1, m, n), Tile(64, 128 if k % 128 == 0 else 64, 4, 6) if m <= 64 else Tile(128, 64, 8, 6))
-    return out
+    tile = plan(n, k, m)
+    return _launch(x, w, out.view(1, m, n), Tile(tile.block_n, tile.block_k, tile.warps, tile.stages), silu=False)[0]

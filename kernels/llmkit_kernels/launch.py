@@ -36,8 +36,10 @@ def begin(PDL: tl.constexpr):
 
 
 def num_sms() -> int:
-    """Multiprocessors of the current GPU."""
-    return torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count if torch.cuda.is_available() else 1
+    """Multiprocessors of the current GPU; without one, as many as an H100 has."""
+    if not torch.cuda.is_available():
+        return 132
+    return torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
 
 
 next_power_of_2 = triton.next_power_of_2

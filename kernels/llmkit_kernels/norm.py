@@ -47,3 +47,34 @@ def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float,
         SPLITS=splits, ADD=residual is not None, BLOCK=block, num_warps=min(16, max(1, block // 512)), **pdl(),
     )  # fmt: skip
     return out
+
+
+@triton.jit
+def _embed_rms_norm(
+    table, tokens, rows, weight, residual, out, H, eps, INDEXED: tl.constexpr, BLOCK: tl.constexpr
+):
+    b = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < H
+    row = b
+    if INDEXED:
+        row = tl.load(rows + b)
+    token = tl.load(tokens + row)
+    x = tl.load(table + token * H + columns, mask=inside, other=0.0)
+    tl.store(residual + b * H + columns, x, mask=inside)
+    x = x.to(tl.float32)
+    scale = tl.rsqrt(tl.sum(x * x, axis=0) / H + eps)
+    w = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + b * H + columns, x * scale * w, mask=inside)
+
+
+def embed_rms_norm(table: Tensor, tokens: Tensor, rows: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The first residual, table[tokens[rows]], and its norm, both [M, H]. tokens: int64 [R]; rows: int64 [M], None for all."""
+    count, width = len(tokens if rows is None else rows), table.shape[1]
+    residual, out = torch.empty(2, count, width, dtype=table.dtype, device=table.device).unbind(0)
+    block = next_power_of_2(width)
+    _embed_rms_norm[(count,)](
+        table, tokens, tokens if rows is None else rows, weight, residual, out, width, eps, INDEXED=rows is not None,
+        BLOCK=block, num_warps=min(16, max(1, block // 512)),
+    )  # fmt: skip
+    return residual, out

@@ -1,7 +1,8 @@
 """Choosing tokens on the device: the plain cases, greedy and temperature, without a softmax and without a sort.
 
 argmax(logits / T + Gumbel noise) draws exactly from softmax(logits / T) (Gumbel-max trick). The noise is a counter-based hash
-(Philox) of the request's seed, the token's position and the vocabulary entry, so a draw repeats whatever else is in the batch.
+(Philox, seven rounds: Salmon et al., SC 2011) of the request's seed, the token's position and the vocabulary entry, so a draw
+repeats whatever else is in the batch.
 """
 
 from __future__ import annotations
@@ -11,31 +12,68 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from llmkit_kernels.launch import begin, cdiv, pdl
+from llmkit_kernels.launch import INTERPRETED, begin, cdiv, pdl
 
 _BLOCK = 4096
 NO_TOKEN = tl.constexpr(-1)  # nothing could be chosen: the logits were NaN
 
 
 @triton.jit
+def _log2(x, PTX: tl.constexpr):
+    """The GPU's own approximation (2^-22 absolute), a single instruction."""
+    if PTX:
+        return tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+    return tl.log2(x)
+
+
+@triton.jit
+def _gumbel(bits, PTX: tl.constexpr):
+    """Gumbel noise from 32 random bits. The likeliest winners have an exponential -log(1 - u) near 0: there it must be exact, so
+    it is taken from u itself, which a float32 knows best near 0."""
+    LN2: tl.constexpr = 0.6931471805599453
+    u = (bits.to(tl.uint32, bitcast=True).to(tl.float32) + 0.5) * 2.3283064e-10
+    series = u + u * u * (0.5 + u * (0.33333333 + u * 0.25))
+    waited = tl.where(u < 0.015625, series, -LN2 * _log2(tl.maximum(1.0 - u, 5.9604645e-8), PTX))
+    return -LN2 * _log2(waited, PTX)
+
+
+@triton.jit
+def _scores(logits, entry, V, temperature, bits, PTX: tl.constexpr):
+    score = tl.load(logits + entry, mask=entry < V, other=-float("inf"))
+    if temperature > 0.0:
+        score = score / temperature + _gumbel(bits, PTX)
+    return tl.where((entry < V) & (score == score), score, -float("inf"))  # a NaN is never chosen
+
+
+@triton.jit
+def _better(a, at_a, b, at_b):
+    """Elementwise the better score and where it is; the first of equals."""
+    return tl.maximum(a, b), tl.where(b > a, at_b, at_a)
+
+
+@triton.jit
 def _best_of_part(
-    logits, rows, temperatures, seeds, positions, best, best_at, V, PARTS, BLOCK: tl.constexpr, PDL: tl.constexpr
-):
+    logits, rows, temperatures, seeds, positions, best, best_at, V, PARTS, BLOCK: tl.constexpr, PTX: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
     b, part = tl.program_id(0), tl.program_id(1)
+    QUARTER: tl.constexpr = BLOCK // 4
     row = tl.load(rows + b)
     temperature = tl.load(temperatures + row)
     seed, position = tl.load(seeds + row), tl.load(positions + row)
-    entry = part * BLOCK + tl.arange(0, BLOCK)
+    lane = tl.arange(0, QUARTER)
+    first = part * BLOCK + lane
+    # one draw of Philox gives four numbers: for entries a quarter of a part apart
+    x, y, z, w = tl.randint4x(seed + position * 0x1E3779B97F4A7C15, part * QUARTER + lane, n_rounds=7)
     begin(PDL)
-    score = tl.load(logits + b.to(tl.int64) * V + entry, mask=entry < V, other=-float("inf"))
-    if temperature > 0.0:
-        noise = tl.rand(seed + position * 0x1E3779B97F4A7C15, entry)
-        noise = tl.minimum(tl.maximum(noise, 1e-20), 0.99999994)  # the ends would be infinitely good or bad
-        score = score / temperature - tl.log(-tl.log(noise))
-    score = tl.where((entry < V) & (score == score), score, -float("inf"))  # a NaN is never chosen
-    high, at = tl.max(score, axis=0, return_indices=True)
-    tl.store(best + b * PARTS + part, high)
-    tl.store(best_at + b * PARTS + part, part * BLOCK + at)
+    logits += b.to(tl.int64) * V
+    high, at = _scores(logits, first, V, temperature, x, PTX), first
+    high, at = _better(high, at, _scores(logits, first + QUARTER, V, temperature, y, PTX), first + QUARTER)
+    high, at = _better(high, at, _scores(logits, first + 2 * QUARTER, V, temperature, z, PTX), first + 2 * QUARTER)
+    high, at = _better(high, at, _scores(logits, first + 3 * QUARTER, V, temperature, w, PTX), first + 3 * QUARTER)
+    top = tl.max(high, axis=0)
+    tl.store(best + b * PARTS + part, top)
+    tl.store(best_at + b * PARTS + part, tl.min(tl.where(high == top, at, 0x7FFFFFFF), axis=0))
 
 
 @triton.jit
@@ -77,7 +115,7 @@ def sample(
     batch, vocab = logits.shape
     _best_of_part[(batch, scratch.parts)](
         logits, rows, temperatures, seeds, positions, scratch.best, scratch.best_at, vocab, scratch.parts,
-        BLOCK=_BLOCK, num_warps=8, **pdl(),
+        BLOCK=_BLOCK, PTX=not INTERPRETED, num_warps=4, **pdl(),
     )  # fmt: skip
     _best_of_all[(batch,)](
         rows, scratch.best, scratch.best_at, token_ids, last_token, positions, scratch.parts, live,

@@ -43,7 +43,7 @@ def fits_kernels(head_dim: int, rotary: RotaryEmbedding) -> bool:
 
 
 def create_backend(
-    kv_cache: Tensor, rotary: RotaryEmbedding, windows: set[int | None], choice: Choice | None = None
+    kv_cache: Tensor, rotary: RotaryEmbedding, heads: int, windows: set[int | None], choice: Choice | None = None
 ) -> Backend:
     """The back end that was chosen; without a choice, our kernels or plain torch."""
     fits = ops.has_kernels(kv_cache.device, kv_cache.dtype) and fits_kernels(kv_cache.shape[-1], rotary)
@@ -51,11 +51,11 @@ def create_backend(
     if name == "triton":
         from llmkit.attention.triton import TritonBackend
 
-        return TritonBackend(kv_cache, rotary)
+        return TritonBackend(kv_cache, rotary, heads)
     if name == "flash_attn":
         from llmkit.attention.flash import FlashBackend
 
-        return FlashBackend(kv_cache, rotary)
+        return FlashBackend(kv_cache, rotary, heads)
     if choice and choice.paged:
         from llmkit.attention.varlen import VarlenBackend
 

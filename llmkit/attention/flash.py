@@ -20,8 +20,8 @@ class FlashBackend(TritonBackend):
 
     name = "flash_attn"
 
-    def __init__(self, kv_cache: Tensor, rotary: RotaryEmbedding) -> None:
-        super().__init__(kv_cache, rotary)
+    def __init__(self, kv_cache: Tensor, rotary: RotaryEmbedding, heads: int) -> None:
+        super().__init__(kv_cache, rotary, heads)
         self.attend = flash_attention()
 
     def prepare(self, batch: Batch, positions: Tensor, slot_mapping: Tensor) -> TritonStep:

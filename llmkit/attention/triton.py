@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from llmkit_kernels import attention as kernels
+from llmkit_kernels import decode_attention, prefill_attention
 from llmkit_kernels.rope_cache import rope_cache
 from torch import Tensor
 
@@ -16,22 +16,48 @@ from llmkit.layers.rotary import RotaryEmbedding
 
 
 class TritonBackend:
-    """Prepares steps on the GPU; a step mixes `num_decodes` single tokens, which come first, and runs of prompt tokens."""
+    """Prepares steps on the GPU; a step mixes `num_decodes` single tokens, which come first, and runs of prompt tokens.
+
+    heads: query heads of a layer.
+    """
 
     name = "triton"
 
-    def __init__(self, kv_cache: Tensor, rotary: RotaryEmbedding) -> None:
-        self.kv_cache, self.rotary = kv_cache, rotary
+    def __init__(self, kv_cache: Tensor, rotary: RotaryEmbedding, heads: int) -> None:
+        self.kv_cache, self.rotary, self.heads = kv_cache, rotary, heads
 
     def prepare(self, batch: Batch, positions: Tensor, slot_mapping: Tensor) -> TritonStep:
-        device, decodes = self.kv_cache.device, batch.num_decodes
+        device, n = self.kv_cache.device, batch.num_decodes
         runs = None
-        if decodes < len(batch.rows):
-            cu_seqlens = torch.from_numpy((batch.cu_seqlens[decodes:] - decodes).astype(np.int32)).to(device)
-            contexts = torch.from_numpy(batch.context_lens[decodes:].astype(np.int32)).to(device)
-            runs = PromptRuns(cu_seqlens, contexts, kernels.query_tiles(batch.num_new[decodes:], device))
+        if n < len(batch.rows):
+            cu_seqlens = torch.from_numpy((batch.cu_seqlens[n:] - n).astype(np.int32)).to(device)
+            contexts = torch.from_numpy(batch.context_lens[n:].astype(np.int32)).to(device)
+            runs = PromptRuns(cu_seqlens, contexts, prefill_attention.query_tiles(batch.num_new[n:], device))
         tables = torch.from_numpy(batch.block_tables).to(device)
-        return TritonStep(self.kv_cache, self.rotary, positions, slot_mapping, tables, decodes, runs, {})
+        decodes = self._decodes(positions[:n], tables, None) if n else None
+        return TritonStep(self.kv_cache, self.rotary, positions, slot_mapping, tables, n, decodes, runs)
+
+    def prepare_decode(self, positions: Tensor, block_tables: Tensor, rows: Tensor) -> TritonStep:
+        """One token of each of `rows` int64 [B], which find their positions and block tables by row. The host sends nothing."""
+        decodes = self._decodes(positions, block_tables, rows)
+        return TritonStep(self.kv_cache, self.rotary, positions, positions, block_tables, len(rows), decodes, None)
+
+    def _decodes(self, positions: Tensor, tables: Tensor, rows: Tensor | None) -> Decodes:
+        kv_heads, dim = self.kv_cache.shape[3], self.kv_cache.shape[5]
+        count = len(positions if rows is None else rows)
+        splits = decode_attention.decode_splits(count, kv_heads)
+        scratch = decode_attention.DecodeScratch(count, self.heads, kv_heads, dim, splits, positions.device)
+        return Decodes(positions, tables, rows, scratch)
+
+
+@dataclass(slots=True)
+class Decodes:
+    """positions int64 [R], block_tables int32 [R, blocks]; rows int64 [B], None: as they stand. Layers share the scratch."""
+
+    positions: Tensor
+    block_tables: Tensor
+    rows: Tensor | None
+    scratch: decode_attention.DecodeScratch
 
 
 @dataclass(slots=True)
@@ -45,7 +71,7 @@ class PromptRuns:
 
 @dataclass(slots=True)
 class TritonStep:
-    """positions, slots: int64 [T]. block_tables: int32 [S, blocks], decodes first. runs: None when all decode."""
+    """positions, slots: int64 [T]. block_tables: int32 [S, blocks], decodes first. decodes, runs: None where there are none."""
 
     kv_cache: Tensor
     rotary: RotaryEmbedding
@@ -53,8 +79,8 @@ class TritonStep:
     slots: Tensor
     block_tables: Tensor
     num_decodes: int
+    decodes: Decodes | None
     runs: PromptRuns | None
-    scratch: dict[tuple[int, int, int], kernels.DecodeScratch]
 
     def attend(self, layer: Attention, qkv: Tensor) -> Tensor:
         """As `Step.attend`."""
@@ -68,15 +94,12 @@ class TritonStep:
 
     def decode(self, layer: Attention, qkv: Tensor, out: Tensor, bias: Tensor | None = None) -> Tensor:
         """One token a sequence; qkv may be fp32 partial products [S, M, (H+2G)·D] whose bias is still to be added."""
-        batch, kv_heads = qkv.shape[-2], layer.num_kv_heads
-        key = (layer.num_heads, kv_heads, layer.head_dim)
-        if key not in self.scratch:
-            splits = kernels.decode_splits(batch, kv_heads)
-            self.scratch[key] = kernels.DecodeScratch(batch, *key, splits, out.device)
+        d = self.decodes
+        assert d is not None  # the caller has looked
         k_cache, v_cache = self.kv_cache[layer.layer].unbind(0)
-        return kernels.fused_decode(
-            qkv, bias, layer.norms, self._tables(layer), k_cache, v_cache, self.block_tables, self.positions[:batch],
-            layer.head_dim**-0.5, layer.window, self.scratch[key], out,
+        return decode_attention.fused_decode(
+            qkv, bias, layer.norms, self._tables(layer), k_cache, v_cache, d.block_tables, d.positions, d.rows,
+            layer.head_dim**-0.5, layer.window, d.scratch, out,
         )  # fmt: skip
 
     def _prefill(self, layer: Attention, qkv: Tensor) -> Tensor:
@@ -90,7 +113,7 @@ class TritonStep:
         """Prompt tokens q [n, H, D], rotated, over the cache, which holds their own keys too -> [n, H, D]."""
         runs = self.runs
         assert runs is not None
-        return kernels.prefill(
+        return prefill_attention.prefill(
             q, k_cache, v_cache, runs.cu_seqlens, runs.context_lens, self.block_tables[self.num_decodes :], runs.tiles,
             layer.head_dim**-0.5, layer.window,
         )  # fmt: skip

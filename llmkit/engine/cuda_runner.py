@@ -7,7 +7,7 @@ import torch
 from llmkit_kernels import sampling
 from torch import Tensor
 
-from llmkit.attention.triton import TritonStep
+from llmkit.attention.triton import TritonBackend
 from llmkit.engine.batch import Batch
 from llmkit.engine.graphs import DecodeGraphs, DeviceRows
 from llmkit.engine.rows import Rows
@@ -48,6 +48,8 @@ class CudaRunner(Runner):
         self.enforce_eager = enforce_eager
         self.fused = FusedDecode(model)
         super().__init__(model, rows, num_blocks, max_tokens, dtype)
+        assert isinstance(self.backend, TritonBackend)  # or `create_runner` would have made a plain one
+        self.decoding = self.backend
 
     def attach(self, rows: Rows) -> None:
         super().attach(rows)
@@ -90,9 +92,8 @@ class CudaRunner(Runner):
     def _decode(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """The body of a graph: one token of each row."""
         state = self.state
-        positions = state.position[rows]
-        step = TritonStep(self.kv_cache, self.model.rotary, positions, positions, state.block_table[rows], len(rows), None, {})
-        logits = self.fused(state.last_token[rows], step)
+        step = self.decoding.prepare_decode(state.position, state.block_table, rows)
+        logits = self.fused(state.last_token, rows, step)
         return self._sample(logits, rows), logits
 
     def _sample(self, logits: Tensor, rows: Tensor) -> Tensor:
@@ -108,8 +109,8 @@ class CudaRunner(Runner):
         return self._finish(self._sample(logits, self._index(rows)), logits, rows)
 
     def can_chain(self, batch: Batch) -> bool:
-        """Decode steps whose tokens the device samples by itself."""
-        return batch.num_decodes == len(batch.rows) and not any(self.sampling.using(f, batch.rows).size for f in _NOT_PLAIN)
+        """Steps that bring a token to every sequence, sampled by the device itself."""
+        return len(batch.sampled) == len(batch.rows) and not any(self.sampling.using(f, batch.rows).size for f in _NOT_PLAIN)
 
     def _finish(self, token_ids: Tensor, logits: Tensor, rows: np.ndarray) -> SampledTokens:
         """Draw again, with the full sampler, for the rows that ask for more than a temperature."""

@@ -52,7 +52,7 @@ class Runner:
         self.model, self.device = model, device
         shape = (c.num_layers, 2, num_blocks, c.num_kv_heads, rows.block_size, c.head_dim)
         self.kv_cache = _zeros(shape, dtype, device)
-        self.backend = create_backend(self.kv_cache, model.rotary, set(c.windows), model.attention)
+        self.backend = create_backend(self.kv_cache, model.rotary, c.num_heads, set(c.windows), model.attention)
         self.input_ids, self.positions, self.slot_mapping = torch.zeros(3, max_tokens, dtype=torch.int64, device=device).unbind(0)
         self.last_token = torch.zeros(len(rows.requests), dtype=torch.int64, device=device)
         self.attach(rows)

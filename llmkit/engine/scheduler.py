@@ -19,6 +19,9 @@ from llmkit.engine.kv_cache import BlockPool, hash_blocks
 from llmkit.engine.request import Request, Status
 from llmkit.engine.rows import Rows
 
+_GROUPS = 32  # when all rows are taken, newcomers are let in by groups of this part of the rows
+_PATIENCE = 16  # or after so many steps
+
 
 @dataclass
 class Schedule:
@@ -42,12 +45,16 @@ class Scheduler:
 
     def __init__(self, rows: Rows, pool: BlockPool, token_budget: int, chunk_limit: int = 0, by_priority: bool = False) -> None:
         self.rows, self.pool = rows, pool
-        self.token_budget = token_budget
+        self.token_budget = self._full_budget = token_budget
         self.chunk_limit = chunk_limit or token_budget
         self.by_priority = by_priority
         self.running: list[Request] = []  # in the order of `_key`
+        self._forgotten: dict[int, Request] = {}  # by row: who ran when a step did not fit, and has not been in a step since
+        self._copies: list[tuple[int, int]] = []  # of that step
         self._waiting: list[tuple[tuple[int, int], Request]] = []  # a heap; finished requests are skipped when met
         self._arrivals = 0
+        self._group = len(rows.requests) // _GROUPS
+        self._held = 0  # steps since a free row was first kept for a group
         self.num_preemptions = 0
         self.num_queried_tokens = 0  # prompt tokens looked up in the prefix cache, and found there
         self.num_hit_tokens = 0
@@ -101,8 +108,11 @@ class Scheduler:
         if not rows.size:
             return None
         decoding = (new == 1) & (self.rows.num_computed[rows] + 1 == self.rows.num_tokens[rows]) & ~self.rows.pooled[rows]
-        order = np.argsort(~decoding, kind="stable")
+        # the longest sequences first: their attention takes longest, and what is begun last should be short
+        order = np.argsort(np.where(decoding, -self.rows.num_computed[rows], 1), kind="stable")
         result.rows, result.num_new, result.num_decodes = rows[order], new[order], int(decoding.sum())
+        if self._forgotten:
+            self._introduce(result)
         return result
 
     def _schedule_running(self, result: Schedule) -> tuple[np.ndarray, np.ndarray]:
@@ -144,6 +154,8 @@ class Scheduler:
     def _admit(self, result: Schedule, budget: int) -> list[int]:
         """Start waiting requests while rows, blocks and budget last, strictly in order; the new tokens of each."""
         new: list[int] = []
+        if not self._admission_due():
+            return new
         while budget > 0 and self.rows.num_free and (request := self._peek()) is not None:
             start = self._place(request, result)
             if start is None:
@@ -152,7 +164,17 @@ class Scheduler:
             new.append(min(int(self.rows.num_tokens[request.row]) - start, self.chunk_limit, budget))
             budget -= new[-1]
             result.admitted.append(request)
+        if new:
+            self._held = 0
         return new
+
+    def _admission_due(self) -> bool:
+        """Whether somebody waits and there is a row for him. A prompt makes its step long for all who decode, and one of many
+        tokens costs less than many of few: so where all rows were taken, those that get free are kept for a group."""
+        if not self.rows.num_free or self._peek() is None:
+            return False
+        self._held += 1
+        return self.rows.num_free >= self._group or self._held > _PATIENCE
 
     def _place(self, request: Request, result: Schedule) -> int | None:
         """Give a waiting request a row and blocks for all it has so far, sharing what is cached; None if they don't fit.
@@ -212,16 +234,17 @@ class Scheduler:
         insort(self.running, request, key=self._key)
 
     def go_on(self, rows: np.ndarray, requests: list[Request]) -> np.ndarray | None:
-        """Which of the sequences of a decode step that is under way surely take another token after it: positions int64 [B].
+        """Which of the sequences of a step under way, which all get a token, surely take another after it: positions int64 [B].
 
         They get their blocks. None when somebody waits who could come in, or blocks are short: then the next step is planned
         properly, after this one's tokens are known.
         """
-        if self.rows.num_free and self._peek() is not None:
+        if self._admission_due():
             return None
         alive = np.fromiter((not r.finished for r in requests), bool, len(requests))
         going = np.flatnonzero(alive & (self.rows.num_tokens[rows] + 2 <= self.rows.max_total[rows]))
-        missing = self.rows.missing_blocks(rows[going], np.full(len(going), 2))
+        rows = rows[going]
+        missing = self.rows.missing_blocks(rows, self.rows.num_tokens[rows] + 1 - self.rows.num_computed[rows])
         if not going.size or missing.clip(0).sum() > self.pool.num_free:
             return None
         for i in np.flatnonzero(missing > 0):
@@ -230,8 +253,23 @@ class Scheduler:
 
     # ---- after a step
 
+    def give_way(self, failed: Schedule) -> None:
+        """A step did not fit the device's memory: the next ones take half as many tokens at most, and slowly more again. The
+        runner will know nobody then: who runs is introduced to it once more."""
+        self.token_budget = max(1, min(self.token_budget, failed.num_tokens // 2))
+        self._forgotten = {r.row: r for r in self.running}
+        self._copies = failed.copies
+        self.rows.grown.update(self._forgotten)
+
+    def _introduce(self, result: Schedule) -> None:
+        """Admit those of a step once more whom the runner has forgotten, and repeat copies that were not made."""
+        coming = [self._forgotten.pop(row) for row in result.rows.tolist() if row in self._forgotten]
+        result.admitted = coming + [r for r in result.admitted if r not in coming]
+        result.copies, self._copies = self._copies + result.copies, []
+
     def computed(self, schedule: Schedule) -> None:
         """Record that a step's tokens are in the KV cache: remember full blocks, let forks of finished prompts go."""
+        self.token_budget = min(self._full_budget, self.token_budget + 1 + self.token_budget // 1024)
         rows, before = schedule.rows, self.rows.num_computed[schedule.rows]
         self.rows.num_computed[rows] += schedule.num_new
         full = self.rows.num_computed[rows] // self.pool.block_size
@@ -270,6 +308,7 @@ class Scheduler:
 
     def _leave(self, request: Request) -> None:
         self.running.remove(request)
+        self._forgotten.pop(request.row, None)
         self.pool.free(request.blocks)
         request.blocks = []
         self.rows.give_back(request)

@@ -2,7 +2,7 @@
 
 norm (sums the partial products before it, adds them to the residual) · qkv product · attention (sums, bias, q/k norm, rotation,
 KV write, attention) · output product · norm · gate/up product with SiLU · down product. Products of few tokens are read-bound
-and use our kernels, whose partial results the next kernel sums; from 65 tokens on cuBLAS is faster.
+and use our kernels, whose partial results the next kernel sums; of many, cuBLAS.
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ from llmkit.layers.linear import Linear
 from llmkit.layers.norm import RMSNorm
 from llmkit.models.decoder import Decoder
 
-_OURS_UP_TO = 64  # tokens; above, cuBLAS multiplies faster
-_GATE_UP_UP_TO = 128  # our gate/up kernel saves the activation's trip through memory
+_GATE_UP_UP_TO = 192  # tokens; our kernel saves the activation's trip through memory
 
 
 class FusedDecode:
@@ -39,28 +38,27 @@ class FusedDecode:
         c = model.config
         return not (c.o_bias or c.mlp_bias) and model.layers[0].mlp.pairs and fits_kernels(c.head_dim, model.rotary)
 
-    def __call__(self, input_ids: Tensor, step: TritonStep) -> Tensor:
-        """input_ids int64 [B] -> logits fp32 [B, vocabulary]."""
-        residual = self.model.embedding(input_ids)
-        x: Tensor | None = None
-        out = torch.empty(len(input_ids), self.model.attention_width, dtype=residual.dtype, device=residual.device)
+    def __call__(self, tokens: Tensor, rows: Tensor, step: TritonStep) -> Tensor:
+        """tokens int64 [R], the newest of each row; rows int64 [B], those that take part -> logits fp32 [B, vocabulary]."""
+        first = self.layers[0][0].input_norm
+        residual, x = norm.embed_rms_norm(self.model.embedding.weight, tokens, rows, first.weight, first.eps)
+        out = torch.empty(len(rows), self.model.attention_width, dtype=residual.dtype, device=residual.device)
         for layer, qkv, o, gate_up, down in self.layers:
-            x = self._norm(layer.input_norm, x, residual)
+            if layer.input_norm is not first:
+                x = self._norm(layer.input_norm, x, residual)
             step.decode(layer.attention, self._product(x, qkv), out, layer.attention.qkv.bias)
             x = self._norm(layer.post_norm, self._product(out, o), residual)
             x = self._product(self._gate_up(x, gate_up), down)
         return self._logits(self._norm(self.model.norm, x, residual))
 
     @staticmethod
-    def _norm(layer: RMSNorm, x: Tensor | None, residual: Tensor) -> Tensor:
-        if x is None:
-            return norm.add_rms_norm(residual, None, layer.weight, layer.eps)
+    def _norm(layer: RMSNorm, x: Tensor, residual: Tensor) -> Tensor:
         return norm.add_rms_norm(x, residual, layer.weight, layer.eps)
 
     @staticmethod
     def _product(x: Tensor, weight: gemm.SkinnyWeight) -> Tensor:
         """Partial products fp32 [S, B, N], or the product [B, N]; a bias is left to the next kernel."""
-        return gemm.partial_products(x, weight) if len(x) <= _OURS_UP_TO else F.linear(x, weight.weight)
+        return gemm.partial_products(x, weight) if gemm.beats_cublas(weight, len(x)) else F.linear(x, weight.weight)
 
     @staticmethod
     def _gate_up(x: Tensor, weight: gemm.SkinnyWeight) -> Tensor:
@@ -69,7 +67,7 @@ class FusedDecode:
         return activation.silu_mul_pairs(F.linear(x, weight.weight))
 
     def _logits(self, x: Tensor) -> Tensor:
-        return gemm.logits(x, self.head) if len(x) <= _GATE_UP_UP_TO else F.linear(x, self.head.weight).float()
+        return gemm.logits(x, self.head) if len(x) <= gemm.MOST_TOKENS else F.linear(x, self.head.weight).float()
 
 
 def _skinny(linear: Linear) -> gemm.SkinnyWeight:

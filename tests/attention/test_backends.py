@@ -103,7 +103,7 @@ def test_flash_attn_gets_what_the_reference_computes(step, window, monkeypatch):
     batch, cache, rotary, qkv = step
     monkeypatch.setattr(flash, "flash_attention", lambda: flashs)
     expected = prepared(ReferenceBackend(cache, rotary, {window}), batch).attend(layer(window), qkv)  # fills the cache
-    made = prepared(flash.FlashBackend(cache, rotary), batch)
+    made = prepared(flash.FlashBackend(cache, rotary, HEADS), batch)
     q = qkv.view(-1, HEADS + 2 * KV_HEADS, DIM)[:, :HEADS]
     rotated = flash_reference_rotate(q, rotary, batch)
     got = made._attend_runs(layer(window), rotated[2:], *cache[0].unbind(0))
@@ -123,7 +123,7 @@ def test_flash_attn_leaves_a_step_of_decodes_alone(step, monkeypatch):
     rows.num_computed[rows.take(Request("r", np.arange(9, dtype=np.int32), SamplingParams(), max_total=MAX_LEN))] = 8
     rows.add_blocks(0, [1, 2, 3])
     batch = build_batch(rows, np.arange(1), np.ones(1, np.int32), 1)
-    assert type(prepared(flash.FlashBackend(cache, rotary), batch)).__name__ == "TritonStep"
+    assert type(prepared(flash.FlashBackend(cache, rotary, HEADS), batch)).__name__ == "TritonStep"
 
 
 def has_flash() -> bool:

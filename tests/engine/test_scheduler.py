@@ -55,7 +55,7 @@ class ShadowRunner:
         self.said: dict[int, bytes] = {}
 
     def can_chain(self, batch: Batch) -> bool:
-        return self.chains and batch.num_decodes == len(batch.rows)
+        return self.chains and len(batch.sampled) == len(batch.rows)
 
     def run(self, batch: Batch, schedule: Schedule) -> StepResult:
         self.rows.released.clear()

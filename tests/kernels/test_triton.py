@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import os
-
 import numpy as np
 import pytest
 import torch
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported
 pytest.importorskip("triton", reason="triton comes with torch's CUDA builds; without it there are no kernels to test")
 
-from llmkit_kernels import activation, attention, gemm, norm, reference, rope_cache, sampling
+from llmkit_kernels import activation, decode_attention, gemm, norm, prefill_attention, reference, rope_cache, sampling
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
@@ -50,9 +46,20 @@ def test_add_rms_norm_sums_partials_and_updates_the_residual(rows: int, width: i
     close(norm.add_rms_norm(residual, None, weight, 1e-5), reference.rms_norm(residual, weight, 1e-5))
 
 
-@pytest.mark.parametrize("m", [1, 3, 16, 33])
+@pytest.mark.parametrize("rows", [None, [4, 0, 0, 2]])
+def test_embed_rms_norm(rows: list[int] | None) -> None:
+    table, tokens, weight = normal(50, 96), torch.tensor([3, 0, 49, 7, 7], device=DEVICE), normal(96)
+    index = None if rows is None else torch.tensor(rows, device=DEVICE)
+    residual, out = norm.embed_rms_norm(table, tokens, index, weight, 1e-5)
+    want = table[tokens if index is None else tokens[index]]
+    assert torch.equal(residual, want)
+    close(out, reference.rms_norm(want, weight, 1e-5))
+
+
+@pytest.mark.parametrize("m", [1, 3, 16, 33, 70, 130, 200])
 @pytest.mark.parametrize(
-    ("n", "k", "tile"), [(128, 256, gemm.Tile(64, 64, 4, 3, 2)), (96, 192, None), (200, 96, gemm.Tile(64, 32, 4, 2, 3))]
+    ("n", "k", "tile"),
+    [(128, 256, gemm.Tile(64, 64, 4, 3, 2)), (96, 192, None), (200, 96, gemm.Tile(64, 32, 4, 2, 3)), (128, 1024, None)],
 )
 def test_partial_products_add_up(m: int, n: int, k: int, tile: gemm.Tile | None) -> None:
     x, w = normal(m, k), normal(n, k, scale=k**-0.5)
@@ -61,15 +68,15 @@ def test_partial_products_add_up(m: int, n: int, k: int, tile: gemm.Tile | None)
     close(got.sum(0), x.double() @ w.double().T)
 
 
-@pytest.mark.parametrize("m", [1, 5, 17])
-@pytest.mark.parametrize(("n", "k"), [(128, 128), (160, 64)])
+@pytest.mark.parametrize("m", [1, 5, 17, 90, 150, 193])
+@pytest.mark.parametrize(("n", "k"), [(128, 128), (160, 64), (128, 1024)])
 def test_gate_up_silu(m: int, n: int, k: int) -> None:
     x, w = normal(m, k), normal(n, k, scale=k**-0.5)
     gate, up = (x.double() @ w.double().T).unflatten(1, (-1, 2)).unbind(2)
     close(gemm.gate_up_silu(x, gemm.SkinnyWeight(w), poisoned(m, n // 2)), torch.nn.functional.silu(gate) * up)
 
 
-@pytest.mark.parametrize("m", [1, 2, 20])
+@pytest.mark.parametrize("m", [1, 2, 20, 129, 256])
 def test_logits(m: int) -> None:
     x, w = normal(m, 128), normal(1000, 128, scale=0.1)
     close(gemm.logits(x, gemm.SkinnyWeight(w), poisoned(m, 1000, dtype=torch.float32)), x.double() @ w.double().T)
@@ -119,30 +126,37 @@ def attend(q, k, v, k_cache, v_cache, tables, lens, contexts, scale, window):  #
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "dim", "size"), [(4, 2, 32, 16), (7, 1, 64, 64), (6, 6, 32, 32)])
-@pytest.mark.parametrize("splits", [1, 4])
-@pytest.mark.parametrize("options", ["plain", "bias", "norm", "window", "no rotary"])
+@pytest.mark.parametrize("splits", [1, 4, 8])
+@pytest.mark.parametrize("options", ["plain", "bias", "norm", "window", "no rotary", "rows"])
 def test_fused_decode(heads: int, kv_heads: int, dim: int, size: int, splits: int, options: str) -> None:
-    contexts = [1, 5, 64, 65, 200]
+    """Some sequences have fewer tiles of keys than there may be parts."""
+    contexts = [1, 5, 64, 65, 200, 600, 300]
     batch, width = len(contexts), (heads + 2 * kv_heads) * dim
     k_cache, v_cache, tables = cache_of(contexts, kv_heads, dim, size)
     parts = normal(2, batch, width, dtype=torch.float32)
     bias = normal(width) if options == "bias" else None
     norms = (normal(dim), normal(dim), 1e-6) if options == "norm" else None
-    tables_rope = None if options == "no rotary" else rotary(256, dim)
-    window = 70 if options == "window" else None
+    tables_rope = None if options == "no rotary" else rotary(600, dim)
+    window = 270 if options == "window" else None
     positions = torch.tensor(contexts, device=DEVICE) - 1
     q, k, v = unfused(parts.sum(0), bias, norms, tables_rope, positions, heads, kv_heads, dim)
     want_k, want_v = k_cache.clone(), v_cache.clone()
     want = attend(q, k, v, want_k, want_v, tables, [1] * batch, contexts, dim**-0.5, window)
-    scratch = attention.DecodeScratch(batch, heads, kv_heads, dim, splits, DEVICE)
+    rows = None
+    if options == "rows":  # sequence i has row rows[i] of larger tables
+        rows = torch.randperm(batch + 3, device=DEVICE)[:batch]
+        positions = torch.full((batch + 3,), 7, device=DEVICE).index_copy(0, rows, positions)
+        tables = torch.zeros(batch + 3, tables.shape[1], dtype=torch.int32, device=DEVICE).index_copy(0, rows, tables)
+    scratch = decode_attention.DecodeScratch(batch, heads, kv_heads, dim, splits, DEVICE)
     for _ in range(2):  # the second run finds the arrival counters reset, and the same keys
-        out = attention.fused_decode(
-            parts, bias, norms, tables_rope, k_cache, v_cache, tables, positions, dim**-0.5, window, scratch,
+        out = decode_attention.fused_decode(
+            parts, bias, norms, tables_rope, k_cache, v_cache, tables, positions, rows, dim**-0.5, window, scratch,
             poisoned(batch, heads * dim),
         )  # fmt: skip
         close(out.view_as(want), want)
     close(k_cache, want_k)
     close(v_cache, want_v)
+    assert not scratch.arrivals.any()
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "dim", "size"), [(4, 2, 32, 16), (3, 1, 64, 64)])
@@ -165,9 +179,9 @@ def test_prefill_of_ragged_chunks(heads: int, kv_heads: int, dim: int, size: int
     close(k_cache, want_k)
     close(v_cache, want_v)
     cu = torch.tensor([0, *np.cumsum(lens)], dtype=torch.int32, device=DEVICE)
-    tiles = attention.query_tiles(np.array(lens), DEVICE)
+    tiles = prefill_attention.query_tiles(np.array(lens), DEVICE)
     context = torch.tensor(contexts, dtype=torch.int32, device=DEVICE)
-    close(attention.prefill(got_q, k_cache, v_cache, cu, context, tables, tiles, dim**-0.5, window), want)
+    close(prefill_attention.prefill(got_q, k_cache, v_cache, cu, context, tables, tiles, dim**-0.5, window), want)
 
 
 @pytest.mark.parametrize("vocab", [100, 5000])
@@ -182,6 +196,19 @@ def test_sample_is_greedy_at_zero_and_draws_the_softmax_else(vocab: int) -> None
     assert torch.equal(last[rows[1:]], out[1:])
     assert counters.tolist() == [1, 0, 1, 0, 0]  # row 4 is padding
     assert last[4] == 0
+
+
+def test_gumbel_noise_is_gumbel_noise() -> None:
+    """Against its own distribution function exp(-exp(-x)), the tail that wins large vocabularies included."""
+    entries = 4096
+    logits, zero = torch.zeros(256, entries, device=DEVICE), torch.zeros(256, dtype=torch.int64, device=DEVICE)
+    rows, seeds = torch.arange(256, device=DEVICE), torch.arange(256, device=DEVICE) * 11
+    scratch = sampling.SampleScratch(256, entries, DEVICE)
+    sampling.sample(logits, rows, torch.ones(256, device=DEVICE), seeds, zero.clone(), zero.clone(), rows.clone(), scratch, 256)
+    best = scratch.best.flatten().double().sort().values  # the highest of 4096 draws: exp(-4096 exp(-x))
+    cumulative = torch.exp(-entries * torch.exp(-best))
+    steps = torch.arange(1, 257, device=DEVICE) / 256
+    assert (cumulative - steps).abs().max() < 1.95 / 256**0.5  # Kolmogorov-Smirnov at 0.001
 
 
 def test_sample_says_when_nothing_can_be_chosen() -> None:

@@ -1,0 +1,283 @@
+"""Attention for one new token a sequence: everything between the qkv product and the output product, in one kernel.
+
+Shapes as in reference.py: caches [num_blocks, G, block_size, D]; a block table row names a sequence's blocks. An online softmax
+(FlashAttention, arXiv:2205.14135) over tiles of keys that are found through the block table (PagedAttention, arXiv:2309.06180).
+Query heads that share a key head are rows of one tile, so a key is read once for all of them. A sequence's keys are cut into
+parts, so that few sequences fill the GPU (Flash-Decoding); whoever finishes the last part of a head adds them up, always in the
+same order. Programs start in the order of the batch: with the longest sequences first, none keeps the GPU waiting at the end.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from llmkit_kernels.launch import next_power_of_2, pdl
+
+_LEAST_KEYS = 256  # of a part
+_GROUP = tl.constexpr(4)  # partial results that are read at once
+_LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _sum_partials(base, offsets, mask, stride, SPLITS: tl.constexpr):
+    total = tl.load(base + offsets, mask=mask, other=0.0).to(tl.float32)
+    for split in tl.static_range(1, SPLITS):
+        total += tl.load(base + split * stride + offsets, mask=mask, other=0.0).to(tl.float32)
+    return total
+
+
+@triton.jit
+def _head_pair(
+    qkv, bias, norm, cos, sin, first, rows, halves, mask, stride, eps, D: tl.constexpr,
+    SPLITS: tl.constexpr, BIAS: tl.constexpr, NORM: tl.constexpr, ROTARY: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """Rows of heads from the qkv product, finished: summed, biased, normed, rotated. Returns the two halves [rows, D/2] fp32,
+    rounded to DTYPE after each step as the unfused layers round."""
+    low = first + rows[:, None] * D + halves[None, :]
+    a = _sum_partials(qkv, low, mask[:, None], stride, SPLITS)
+    b = _sum_partials(qkv, low + D // 2, mask[:, None], stride, SPLITS)
+    if BIAS:
+        column = rows[:, None] * D + halves[None, :]
+        a += tl.load(bias + column, mask=mask[:, None], other=0.0).to(tl.float32)
+        b += tl.load(bias + column + D // 2, mask=mask[:, None], other=0.0).to(tl.float32)
+    a, b = a.to(DTYPE).to(tl.float32), b.to(DTYPE).to(tl.float32)
+    if NORM:
+        scale = tl.rsqrt((tl.sum(a * a, axis=1) + tl.sum(b * b, axis=1)) / D + eps)[:, None]
+        a = (a * scale * tl.load(norm + halves).to(tl.float32)[None, :]).to(DTYPE).to(tl.float32)
+        b = (b * scale * tl.load(norm + D // 2 + halves).to(tl.float32)[None, :]).to(DTYPE).to(tl.float32)
+    if ROTARY:
+        c, s = cos[None, :], sin[None, :]
+        a, b = a * c - b * s, b * c + a * s
+    return a.to(DTYPE), b.to(DTYPE)
+
+
+@triton.jit
+def _prefetch(pointers):
+    """Have these addresses' lines brought to the second-level cache."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [pointers.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
+def _cut(position, window, splits, KEYS: tl.constexpr, WINDOW: tl.constexpr, LEAST: tl.constexpr):
+    """How the keys 0..position are cut: (first key seen, first tile, tiles of a part, number of parts)."""
+    start = position * 0
+    if WINDOW:
+        start = tl.maximum(start, position + 1 - window)
+    first_tile = start // KEYS
+    tiles = tl.cdiv(position + 1, KEYS) - first_tile
+    per_part = tl.maximum(tl.cdiv(tiles, splits), LEAST)
+    return start, first_tile, per_part, tl.cdiv(tiles, per_part)
+
+
+@triton.jit(do_not_specialize=["M", "stride", "table_stride"])
+def _decode(
+    qkv, bias, q_norm, k_norm, cos_table, sin_table, k_cache, v_cache, block_tables, positions, rows_of, out,
+    part_out, part_max, part_sum, arrivals,
+    M, table_stride, stride, scale, eps, window,
+    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr,
+    IN_SPLITS: tl.constexpr, BIAS: tl.constexpr, NORM: tl.constexpr, ROTARY: tl.constexpr, WINDOW: tl.constexpr,
+    INDEXED: tl.constexpr, LEAST: tl.constexpr, KEYS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    g, slot = tl.program_id(0) % G, tl.program_id(0) // G
+    b, part = slot // SPLITS, slot % SPLITS
+    row_of = b.to(tl.int64)
+    if INDEXED:
+        row_of = tl.load(rows_of + b)
+    position = tl.load(positions + row_of)
+    table = block_tables + row_of * table_stride
+    start, first_tile, per_part, num_parts = _cut(position, window, SPLITS, KEYS, WINDOW, LEAST)
+    lo = (first_tile + part * per_part) * KEYS
+    if PDL:
+        _wait(k_cache, v_cache, table, g, lo, position, G, D, BLOCK_SIZE, KEYS)
+    if part < num_parts:
+        _decode_part(
+            qkv, bias, q_norm, k_norm, cos_table, sin_table, k_cache, v_cache, table, out, part_out, part_max, part_sum,
+            arrivals, b, g, part, slot, num_parts, position, start, lo, per_part, M, stride, scale, eps,
+            H, G, D, BLOCK_SIZE, ROWS, SPLITS, IN_SPLITS, BIAS, NORM, ROTARY, WINDOW, KEYS)  # fmt: skip
+
+
+@triton.jit
+def _wait(
+    k_cache, v_cache, table, g, lo, position, G: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr, KEYS: tl.constexpr
+):
+    """While the kernel before still runs: have the first tile brought near. Cached keys don't depend on that kernel."""
+    tl.extra.cuda.gdc_launch_dependents()
+    key = lo + tl.arange(0, KEYS)
+    near = tl.load(table + key // BLOCK_SIZE, mask=key < position, other=0).to(tl.int64)
+    line = ((near * G + g) * BLOCK_SIZE + key % BLOCK_SIZE) * D
+    for part in tl.static_range(D * 2 // 128):
+        _prefetch(k_cache + line + part * 64)
+        _prefetch(v_cache + line + part * 64)
+    tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def _decode_part(
+    qkv, bias, q_norm, k_norm, cos_table, sin_table, k_cache, v_cache, table, out, part_out, part_max, part_sum, arrivals,
+    b, g, part, slot, num_parts, position, start, lo, per_part, M, stride, scale, eps,
+    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr,
+    IN_SPLITS: tl.constexpr, BIAS: tl.constexpr, NORM: tl.constexpr, ROTARY: tl.constexpr, WINDOW: tl.constexpr,
+    KEYS: tl.constexpr,
+):  # fmt: skip
+    DTYPE: tl.constexpr = k_cache.dtype.element_ty
+    SHARE: tl.constexpr = H // G
+    rows, halves, dims, keys = tl.arange(0, ROWS), tl.arange(0, D // 2), tl.arange(0, D), tl.arange(0, KEYS)
+    mine = rows < SHARE
+    cos = tl.load(cos_table + position * D + halves).to(tl.float32)
+    sin = tl.load(sin_table + position * D + D // 2 + halves).to(tl.float32)  # the second half of the table is not negated
+    token = b.to(tl.int64) * (H + 2 * G) * D
+    qa, qb = _head_pair(
+        qkv, bias + g * SHARE * D, q_norm, cos, sin, token + g * SHARE * D, rows, halves, mine, stride, eps, D,
+        IN_SPLITS, BIAS, NORM, ROTARY, DTYPE)  # fmt: skip
+
+    hi = tl.minimum(lo + per_part * KEYS, position)  # cached keys; the new one is taken from registers
+    high = tl.full([ROWS], -float("inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, D], tl.float32)
+    for tile in range(lo, hi, KEYS):
+        key = tile + keys
+        seen = key < hi
+        if WINDOW:
+            seen = seen & (key >= start)
+        block = tl.load(table + key // BLOCK_SIZE, mask=seen, other=0).to(tl.int64)
+        row = ((block * G + g) * BLOCK_SIZE + key % BLOCK_SIZE) * D
+        ka = tl.load(k_cache + row[:, None] + halves[None, :])
+        kb = tl.load(k_cache + row[:, None] + D // 2 + halves[None, :])
+        scores = tl.dot(qa, tl.trans(ka))
+        scores = tl.dot(qb, tl.trans(kb), scores) * (scale * _LOG2E)
+        scores = tl.where(seen[None, :], scores, -float("inf"))
+        new_high = tl.maximum(high, tl.max(scores, axis=1))
+        safe = tl.where(new_high == -float("inf"), 0.0, new_high)
+        weights = tl.exp2(scores - safe[:, None])
+        fade = tl.exp2(high - safe)
+        v = tl.load(v_cache + row[:, None] + dims[None, :])
+        acc = acc * fade[:, None]
+        acc = tl.dot(weights.to(DTYPE), v, acc)
+        total = total * fade + tl.sum(weights, axis=1)
+        high = new_high
+
+    if part == num_parts - 1:  # the new token stands at the end
+        one = tl.arange(0, 1)
+        only = one == 0
+        k_first = token + (H + g) * D
+        ka1, kb1 = _head_pair(
+            qkv, bias + (H + g) * D, k_norm, cos, sin, k_first, one, halves, only, stride, eps, D,
+            IN_SPLITS, BIAS, NORM, ROTARY, DTYPE)  # fmt: skip
+        v1 = _sum_partials(qkv, token + (H + G + g) * D + dims, dims < D, stride, IN_SPLITS)
+        if BIAS:
+            v1 += tl.load(bias + (H + G + g) * D + dims).to(tl.float32)
+        v1 = v1.to(DTYPE)
+        block = tl.load(table + position // BLOCK_SIZE).to(tl.int64)
+        row = ((block * G + g) * BLOCK_SIZE + position % BLOCK_SIZE) * D
+        tl.store(k_cache + row + halves[None, :], ka1)
+        tl.store(k_cache + row + D // 2 + halves[None, :], kb1)
+        tl.store(v_cache + row + dims, v1)
+        score = tl.sum(qa.to(tl.float32) * ka1.to(tl.float32), axis=1) + tl.sum(qb.to(tl.float32) * kb1.to(tl.float32), axis=1)
+        score = score * (scale * _LOG2E)
+        new_high = tl.maximum(high, score)
+        weight, fade = tl.exp2(score - new_high), tl.exp2(high - new_high)
+        acc = acc * fade[:, None] + weight[:, None] * v1.to(tl.float32)[None, :]
+        total = total * fade + weight
+        high = new_high
+
+    head = b * H + g * SHARE + rows
+    if num_parts == 1:
+        tl.store(out + head[:, None] * D + dims[None, :], acc / total[:, None], mask=mine[:, None])
+    else:
+        place = (slot * H + g * SHARE + rows).to(tl.int64)
+        tl.store(part_out + place[:, None] * D + dims[None, :], acc, mask=mine[:, None])
+        tl.store(part_max + place, high, mask=mine)
+        tl.store(part_sum + place, total, mask=mine)
+        tl.debug_barrier()
+        if tl.atomic_add(arrivals + b * G + g, 1, sem="acq_rel") == num_parts - 1:
+            tl.debug_barrier()
+            tl.store(arrivals + b * G + g, 0)
+            place = ((slot - part) * H + g * SHARE + rows).to(tl.int64)
+            _combine(part_out, part_max, part_sum, out, place, head, dims, mine, num_parts, H, D, SPLITS, ROWS)
+
+
+@triton.jit
+def _combine(
+    part_out, part_max, part_sum, out, place, head, dims, mine, num_parts,
+    H: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """The last part to arrive adds all of them up, always in the same order. place: rows [ROWS] of the first part."""
+    parts = tl.arange(0, SPLITS)
+    at = place[:, None] + parts[None, :] * H
+    there = mine[:, None] & (parts[None, :] < num_parts)
+    highs = tl.load(part_max + at, mask=there, other=-float("inf"), cache_modifier=".cg")
+    sums = tl.load(part_sum + at, mask=there, other=0.0, cache_modifier=".cg")
+    high = tl.where(mine, tl.max(highs, axis=1), 0.0)
+    total = tl.sum(sums * tl.exp2(highs - high[:, None]), axis=1)
+    acc = tl.zeros([ROWS, D], tl.float32)
+    for first in range(0, num_parts, _GROUP):
+        for i in tl.static_range(_GROUP):
+            row = place + (first + i) * H
+            real = mine & (row < place + num_parts * H)
+            fade = tl.exp2(tl.load(part_max + row, mask=real, other=-float("inf"), cache_modifier=".cg") - high)
+            piece = tl.load(part_out + row[:, None] * D + dims[None, :], mask=real[:, None], other=0.0, cache_modifier=".cg")
+            acc += piece * fade[:, None]
+    tl.store(out + head[:, None] * D + dims[None, :], acc / total[:, None], mask=mine[:, None])
+
+
+def decode_splits(batch: int, kv_heads: int) -> int:
+    """Parts of a sequence, at most, so that long contexts fill the GPU. Fixed by the batch size alone, so that results repeat."""
+    heads = batch * kv_heads
+    return 1 if heads >= 512 else max(4, min(32, next_power_of_2(512 // heads)))
+
+
+class DecodeScratch:
+    """Where parts leave their results: fp32 [batch·splits, H, D], with its maxima and sums; `arrivals` counts parts that are
+    done and resets itself."""
+
+    def __init__(self, batch: int, heads: int, kv_heads: int, dim: int, splits: int, device: torch.device) -> None:
+        self.splits = splits
+        self.out = torch.empty(batch * splits * heads, dim, dtype=torch.float32, device=device)
+        self.high, self.total = torch.empty(2, batch * splits * heads, dtype=torch.float32, device=device).unbind(0)
+        self.arrivals = torch.zeros(batch * kv_heads, dtype=torch.int32, device=device)
+
+
+def fused_decode(
+    qkv: Tensor,
+    bias: Tensor | None,
+    norms: tuple[Tensor, Tensor, float] | None,
+    tables: tuple[Tensor, Tensor] | None,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_tables: Tensor,
+    positions: Tensor,
+    rows: Tensor | None,
+    scale: float,
+    window: int | None,
+    scratch: DecodeScratch,
+    out: Tensor,
+) -> Tensor:
+    """All of attention for one new token a sequence, between the qkv product and the output product.
+
+    qkv: fp32 partial products [S, M, (H+2G)·D], or [M, (H+2G)·D]. bias: [(H+2G)·D]. norms: q and k norm weights [D], eps.
+    tables: cos and sin [positions, D], sin's first half negated as in `RotaryEmbedding`; None: no rotation. rows: int64 [M],
+    which row of block_tables int32 [R, blocks] and positions int64 [R] a sequence has; None: sequence i has row i. positions:
+    where the new token stands; its key and value are written to the cache here. out: [M, H·D].
+    Reference: sum, add, `rms_norm`, `rotate`, `write_kv`, `paged_attention`.
+    """
+    in_splits = qkv.shape[0] if qkv.dim() == 3 else 1
+    batch = qkv.shape[-2]
+    kv_heads, size, dim = k_cache.shape[1:]
+    heads = qkv.shape[-1] // dim - 2 * kv_heads
+    cos, sin = tables or (qkv, qkv)
+    q_norm, k_norm, eps = norms or (qkv, qkv, 0.0)
+    tile = 128 if batch * kv_heads < 256 and dim <= 128 else 64  # few programs: each must have much under way
+    _decode[(batch * kv_heads * scratch.splits,)](
+        qkv, bias if bias is not None else qkv, q_norm, k_norm, cos, sin, k_cache, v_cache, block_tables, positions,
+        positions if rows is None else rows, out, scratch.out, scratch.high, scratch.total, scratch.arrivals,
+        batch, block_tables.stride(0), batch * qkv.shape[-1], scale, eps, window or 0,
+        H=heads, G=kv_heads, D=dim, BLOCK_SIZE=size, ROWS=max(16, next_power_of_2(heads // kv_heads)), SPLITS=scratch.splits,
+        IN_SPLITS=in_splits, BIAS=bias is not None, NORM=norms is not None, ROTARY=tables is not None, WINDOW=window is not None,
+        INDEXED=rows is not None, LEAST=_LEAST_KEYS // tile, KEYS=tile, num_warps=4, num_stages=2, **pdl(),
+    )  # fmt: skip
+    return out

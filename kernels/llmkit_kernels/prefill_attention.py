@@ -1,0 +1,121 @@
+"""Attention of runs of prompt tokens over the paged KV cache.
+
+Shapes as in reference.py: caches [num_blocks, G, block_size, D]; a block table row names a sequence's blocks. An online softmax
+(FlashAttention, arXiv:2205.14135) over tiles of keys that are found through the block table (PagedAttention, arXiv:2309.06180).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+TILE = 64  # keys at a time
+QUERY_TILE = 128  # prefill queries at a time
+_LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit(do_not_specialize=["table_stride"])
+def _prefill(
+    q, k_cache, v_cache, out, block_tables, cu_seqlens, context_lens, tile_sequence, tile_start, q_stride,
+    table_stride, scale, window,
+    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+    WINDOW: tl.constexpr,
+):  # fmt: skip
+    head, tile = tl.program_id(0), tl.program_id(1)
+    g = head // (H // G)
+    s = tl.load(tile_sequence + tile)
+    first = tl.load(tile_start + tile)  # this tile's first query within its sequence's run
+    begin_token, end_token = tl.load(cu_seqlens + s), tl.load(cu_seqlens + s + 1)
+    context = tl.load(context_lens + s)
+    done = context - (end_token - begin_token).to(tl.int32)
+    rows, dims, keys = tl.arange(0, QUERIES), tl.arange(0, D), tl.arange(0, KEYS)
+    token = begin_token + first + rows
+    live = token < end_token
+    position = done + first + rows
+    query = tl.load(q + token[:, None].to(tl.int64) * q_stride + head * D + dims[None, :], mask=live[:, None], other=0.0)
+    last = tl.minimum(context, done + first + QUERIES)
+    begin_key = 0
+    if WINDOW:
+        begin_key = tl.maximum(0, done + first + 1 - window) // KEYS * KEYS
+    full_end = (done + first) // KEYS * KEYS  # tiles before this lie wholly in every query's past
+    high = tl.full([QUERIES], -float("inf"), tl.float32)
+    total = tl.zeros([QUERIES], tl.float32)
+    acc = tl.zeros([QUERIES, D], tl.float32)
+    table = block_tables + s * table_stride
+    for at in range(begin_key, full_end, KEYS):
+        key = at + keys
+        block = tl.load(table + key // BLOCK_SIZE).to(tl.int64)
+        row = ((block * G + g) * BLOCK_SIZE + key % BLOCK_SIZE) * D
+        k = tl.load(k_cache + row[None, :] + dims[:, None])
+        scores = tl.dot(query, k) * (scale * _LOG2E)
+        if WINDOW:
+            scores = tl.where(key[None, :] > position[:, None] - window, scores, -float("inf"))
+        acc, total, high = _online(acc, total, high, scores, v_cache, row, dims)
+    for at in range(full_end, last, KEYS):
+        key = at + keys
+        inside = key < context
+        block = tl.load(table + key // BLOCK_SIZE, mask=inside, other=0).to(tl.int64)
+        row = ((block * G + g) * BLOCK_SIZE + key % BLOCK_SIZE) * D
+        k = tl.load(k_cache + row[None, :] + dims[:, None])
+        scores = tl.dot(query, k) * (scale * _LOG2E)
+        seen = (key[None, :] <= position[:, None]) & inside[None, :]
+        if WINDOW:
+            seen = seen & (key[None, :] > position[:, None] - window)
+        scores = tl.where(seen, scores, -float("inf"))
+        acc, total, high = _online(acc, total, high, scores, v_cache, row, dims)
+    value = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    tl.store(out + token[:, None].to(tl.int64) * (H * D) + head * D + dims[None, :], value, mask=live[:, None])
+
+
+@triton.jit
+def _online(acc, total, high, scores, v_cache, row, dims):
+    """One tile of the online softmax."""
+    new_high = tl.maximum(high, tl.max(scores, axis=1))
+    safe = tl.where(new_high == -float("inf"), 0.0, new_high)
+    weights = tl.exp2(scores - safe[:, None])
+    fade = tl.exp2(high - safe)
+    v = tl.load(v_cache + row[:, None] + dims[None, :])
+    acc = tl.dot(weights.to(v.dtype), v, acc * fade[:, None])
+    return acc, total * fade + tl.sum(weights, axis=1), new_high
+
+
+def prefill(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cu_seqlens: Tensor,
+    context_lens: Tensor,
+    block_tables: Tensor,
+    tiles: tuple[Tensor, Tensor],
+    scale: float,
+    window: int | None,
+) -> Tensor:
+    """Runs of new tokens over their sequences' cached keys, their own among them (`write_kv` comes first).
+
+    q: [T, H, D], rows of any stride. cu_seqlens: int32 [S+1]. context_lens: int32 [S]. block_tables: int32 [S, blocks].
+    tiles: int32 (sequence, first query) of each tile of `QUERY_TILE` queries, from `query_tiles`. Returns [T, H, D].
+    Reference: `reference.paged_attention`.
+    """
+    tokens, heads, dim = q.shape
+    kv_heads, size = k_cache.shape[1:3]
+    out = torch.empty(tokens, heads, dim, dtype=q.dtype, device=q.device)
+    _prefill[(heads, tiles[0].shape[0])](
+        q, k_cache, v_cache, out, block_tables, cu_seqlens, context_lens, tiles[0], tiles[1], q.stride(0),
+        block_tables.stride(0), scale, window or 0, H=heads, G=kv_heads, D=dim, BLOCK_SIZE=size, QUERIES=QUERY_TILE, KEYS=TILE,
+        WINDOW=window is not None, num_warps=4 if dim <= 64 else 8, num_stages=3,
+    )  # fmt: skip
+    return out
+
+
+def query_tiles(query_lens: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Tiles of at most QUERY_TILE queries over runs of `query_lens` int [S] tokens: int32 (sequence, first query) of each,
+    longest runs' last tiles (the ones with most keys) not held back to the end."""
+    counts = -(-query_lens // QUERY_TILE)
+    sequence = np.repeat(np.arange(len(query_lens)), counts)
+    first = (np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)) * QUERY_TILE
+    order = np.argsort(-first, kind="stable")
+    both = torch.from_numpy(np.stack((sequence[order], first[order])).astype(np.int32)).to(device)
+    return both[0], both[1]
