@@ -100,6 +100,7 @@ class Completions:
         self.writer = LogprobWriter(self.served.tokenizer, self.body.logprobs or 0, as_ids)
         self.echoes = [self._text(p) for p in self.prompts] if self.body.echo else [""] * len(self.prompts)
         self.wants_answer = self.body.max_tokens != 0
+        self.envelope = {"id": self.id, "object": "text_completion", "created": self.created, "model": self.model}
 
     def _text(self, prompt: TokenPrompt) -> str:
         return self.served.tokenizer.decode(prompt.ids, False) if prompt.text is None else prompt.text
@@ -118,10 +119,10 @@ class Completions:
         with blaming(structure_field(self.body)):
             outputs = await together(works)
         choices = [self._choice(i, o, a) for i, o in enumerate(outputs) for a in o.outputs]
-        return {**self._envelope(), "choices": choices, "usage": usage_of(outputs), "system_fingerprint": None}
-
-    def _envelope(self) -> dict[str, Any]:
-        return {"id": self.id, "object": "text_completion", "created": self.created, "model": self.model}
+        count = usage_of(outputs)
+        if not self.wants_answer:
+            count |= {"completion_tokens": 0, "total_tokens": count["prompt_tokens"]}
+        return {**self.envelope, "choices": choices, "usage": count, "system_fingerprint": None}
 
     def _choice(self, i: int, output: RequestOutput, done: CompletionOutput) -> dict[str, Any]:
         text, tokens = (done.text, done.token_ids) if self.wants_answer else ("", [])
@@ -161,7 +162,7 @@ class Completions:
                     for event in tally.events(i, chunk):
                         yield frame(event)
         if asked and asked.include_usage:
-            yield frame({**self._envelope(), "choices": [], "usage": tally.usage})
+            yield frame({**self.envelope, "choices": [], "usage": tally.usage})
         yield DONE
 
 
@@ -170,9 +171,8 @@ class _Tally:
 
     def __init__(self, job: Completions) -> None:
         self._job = job
-        self._written = 0
-        self._cached = 0
-        self._lengths: dict[int, int] = {}  # choice -> characters so far
+        self._written, self._cached = 0, 0
+        self._lengths: dict[int, int] = {}  # choice -> characters so far, its echo included
         self._read = sum(len(p.ids) for p in job.prompts)
         asked = job.body.stream_options
         self._continuous = bool(asked and asked.continuous_usage_stats and asked.include_usage)
@@ -183,32 +183,37 @@ class _Tally:
         return usage(self._read, self._written, self._cached)
 
     def events(self, i: int, chunk: StreamChunk) -> list[dict[str, Any]]:
-        """The events of one chunk of prompt i: none while its text is held back."""
+        """The event of one chunk of prompt i; none while its text is held back."""
         job, which = self._job, i * self._job.params.n + chunk.index
-        self._written += len(chunk.token_ids)
-        output = chunk.output() if chunk.output and (which not in self._lengths or chunk.finish_reason) else None
-        if output and chunk.finish_reason and chunk.index == 0:
-            self._cached += output.num_cached_tokens
-        text, tokens, entries = (chunk.text, chunk.token_ids, chunk.logprobs) if job.wants_answer else ("", [], [])
-        choice: dict[str, Any] = {"index": which, "text": text, "logprobs": None, "finish_reason": chunk.finish_reason}
+        text, tokens = (chunk.text, chunk.token_ids) if job.wants_answer else ("", [])
+        self._written += len(tokens)
+        first = which not in self._lengths
+        length = self._lengths.setdefault(which, len(job.echoes[i]))
+        self._lengths[which] += len(text)
+        choice: dict[str, Any] = {"index": which, "text": text, "logprobs": None, "finish_reason": None}
         if job.body.logprobs is not None:
-            choice["logprobs"] = job.writer.completion(tokens, entries or [], self._lengths.get(which, len(job.echoes[i])))
-        if which not in self._lengths and output:
-            self._open(i, choice, output)
-        self._lengths[which] = self._lengths.get(which, len(job.echoes[i])) + len(text)
-        if chunk.finish_reason and output:
-            choice["finish_reason"] = chunk.finish_reason if job.wants_answer else "length"
-            choice["stop_reason"] = next(a.stop_reason for a in output.outputs if a.index == chunk.index)
+            choice["logprobs"] = job.writer.completion(tokens, chunk.logprobs or [], length)
         if job.body.return_token_ids:
             choice["token_ids"] = tokens
-        silent = not (choice["text"] or chunk.finish_reason or job.body.return_token_ids or choice["logprobs"])
-        return [] if silent else [{**job._envelope(), "choices": [choice], **self._usage()}]
+        if chunk.output and (first or chunk.finish_reason):
+            self._add_rare(i, choice, chunk, chunk.output(), first)
+        silent = not (choice["text"] or choice["logprobs"] or choice["finish_reason"] or job.body.return_token_ids)
+        return [] if silent else [{**job.envelope, "choices": [choice], **self._usage()}]
+
+    def _add_rare(self, i: int, choice: dict[str, Any], chunk: StreamChunk, output: RequestOutput, first: bool) -> None:
+        """What only the first and the last event of a choice carry."""
+        if first:
+            self._open(i, choice, output)
+        if chunk.finish_reason:
+            self._cached += output.num_cached_tokens if chunk.index == 0 else 0
+            choice["finish_reason"] = chunk.finish_reason if self._job.wants_answer else "length"
+            choice["stop_reason"] = next(a.stop_reason for a in output.outputs if a.index == chunk.index)
 
     def _usage(self) -> dict[str, Any]:
         return {"usage": usage(self._read, self._written)} if self._continuous else self._null
 
     def _open(self, i: int, choice: dict[str, Any], output: RequestOutput) -> None:
-        """What only the first event of a choice carries: the echo, and what was asked about the prompt."""
+        """The echo, and what was asked about the prompt."""
         job = self._job
         if job.body.echo:
             choice["text"] = job.echoes[i] + choice["text"]

@@ -4,6 +4,7 @@ header, so that nothing is dropped in silence."""
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,6 +18,7 @@ from llmkit.server.tools.schema import closed
 
 log = logging.getLogger("llmkit.server")
 IGNORED_HEADER = "X-Llmkit-Ignored"
+_FIELD = re.compile(r"structured_outputs(\.\w+)?")
 MAX_STOPS, MAX_BAD_WORDS, MAX_WORD = 128, 1024, 512
 _SAMPLING = ("n", "temperature", "top_p", "presence_penalty", "frequency_penalty", "seed", "stop", "logit_bias", "top_k", "min_p",
              "repetition_penalty", "min_tokens", "stop_token_ids", "include_stop_str_in_output", "ignore_eos", "bad_words",
@@ -134,7 +136,7 @@ def blaming(field: str | None) -> Iterator[None]:
     except InvalidRequestError as e:
         if field is None or e.param != "structured_outputs":
             raise
-        raise refuse(e.message.replace("structured_outputs", field, 1), field, e.hint) from e
+        raise refuse(_FIELD.sub(field, e.message, count=1), field, e.hint) from e
 
 
 def _of_field(name: str, make: Callable[[], StructuredOutputs]) -> StructuredOutputs:
@@ -143,7 +145,7 @@ def _of_field(name: str, make: Callable[[], StructuredOutputs]) -> StructuredOut
         return make()
     except (InvalidRequestError, TypeError) as e:
         message = e.message if isinstance(e, InvalidRequestError) else f"{name} has a wrong field: {e}"
-        raise refuse(message.replace("structured_outputs", name, 1), name, getattr(e, "hint", None)) from e
+        raise refuse(_FIELD.sub(name, message, count=1), name, getattr(e, "hint", None)) from e
 
 
 def _of_format(given: dict[str, Any] | None) -> dict[str, Any] | None:

@@ -72,6 +72,14 @@ def test_it_says_what_the_model_says_offline(server, llm):
     assert shown["logprob"] == pytest.approx(offline.prompt_logprobs[1][tokens[1]].logprob, abs=1e-5)
 
 
+def test_usage_counts_what_was_read_and_written(server):
+    for body, written in (({}, 6), ({"echo": True, "max_tokens": 0}, 0), ({"n": 2, "temperature": 1, "seed": 1}, 12)):
+        told = post(server, **body).json()["usage"]
+        assert (told["prompt_tokens"], told["completion_tokens"], told["total_tokens"]) == (4, written, 4 + written)
+        streamed = post(server, stream=True, stream_options={"include_usage": True}, **body).text.split("\n\n")[-3]
+        assert json.loads(streamed.removeprefix("data: "))["usage"]["completion_tokens"] == written
+
+
 def test_many_prompts_keep_their_order(server):
     prompts = ["The capital of France is", "Two plus two is", PROMPT]
     together = post(server, prompt=prompts).json()
