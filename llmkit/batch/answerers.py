@@ -16,6 +16,10 @@ BUSY = (429, 502, 503, 504)  # statuses after which asking again may help
 LONGEST_WAIT = 60.0  # seconds between two tries, whatever Retry-After says
 
 
+class TooSlowError(ServerError):
+    """A server works on a request for too long; asking again would only make it worse."""
+
+
 class Answerer(Protocol):
     """Answers requests, `width` of them at once."""
 
@@ -32,23 +36,34 @@ class Answerer(Protocol):
 
 @dataclass
 class Remote:
-    """A server behind HTTP. tries: how often a busy or broken one is asked; pause: seconds after the first, doubled each time."""
+    """A server behind HTTP. tries: how often a busy or broken one is asked; pause: seconds after the first, doubled each time;
+    timeout: seconds after which a silent one is not asked again."""
 
     client: OpenAIClient
     width: int = 64
     tries: int = 6
     pause: float = 1.0
+    timeout: float = 1800.0
 
     async def ask(self, url: str, body: dict[str, Any]) -> Reply:
         for attempt in range(self.tries - 1):
             try:
-                reply = await self.client.post(url, body)
+                reply = await self._post(url, body)
+            except TooSlowError:
+                raise
             except ServerError:
                 reply = None
             if reply is not None and reply.status not in BUSY:
                 return reply
             await asyncio.sleep(self._wait(reply, attempt))
-        return await self.client.post(url, body)
+        return await self._post(url, body)
+
+    async def _post(self, url: str, body: dict[str, Any]) -> Reply:
+        try:
+            async with asyncio.timeout(self.timeout):
+                return await self.client.post(url, body)
+        except TimeoutError as e:
+            raise TooSlowError(f"no answer within {self.timeout:g} s", "--timeout SECONDS") from e
 
     async def alive(self) -> bool:
         try:

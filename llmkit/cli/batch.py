@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import os
 import sys
 from contextlib import closing
@@ -28,6 +27,8 @@ def add(commands: Any) -> None:
     p.add_argument("answers", metavar="OUT.jsonl", type=Path, help="answers, one a line; those already there are kept")
     p.add_argument("--retry-failed", action="store_true", help="ask again what an earlier run got errors for")
     p.add_argument("--concurrency", type=int, metavar="N", help="requests at once (default: two steps' worth; 64 with --url)")
+    p.add_argument("--timeout", type=float, default=1800.0, metavar="SECONDS",
+                   help="longest wait for one answer of --url (default: 1800)")
     p.add_argument("--served-model-name", metavar="NAME", action="append", default=[],
                    help="another name that lines may call the model by; may be repeated")
     add_server_arguments(p)
@@ -77,10 +78,9 @@ def _tell(text: str) -> None:
 def _answer(args: argparse.Namespace, batch: Batch) -> None:
     if not batch.left:
         return
-    if args.url:
-        asyncio.run(_by_server(args, batch))
-    else:
-        _here(args, batch)
+    import asyncio
+
+    asyncio.run(_by_server(args, batch)) if args.url else _here(args, batch)
 
 
 async def _by_server(args: argparse.Namespace, batch: Batch) -> None:
@@ -91,10 +91,12 @@ async def _by_server(args: argparse.Namespace, batch: Batch) -> None:
     with closing(OpenAIClient(args.url, server_key(args))) as client:
         await client.models()  # better now than as an error in every line
         with generation_progress(batch.count.lines, show=True) as bar:
-            await batch.run(Remote(client, args.concurrency or 64), bar)
+            await batch.run(Remote(client, args.concurrency or 64, timeout=args.timeout), bar)
 
 
 def _here(args: argparse.Namespace, batch: Batch) -> None:
+    import asyncio
+
     from llmkit.llm import LLM
 
     options = engine_options(args)

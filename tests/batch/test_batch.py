@@ -130,6 +130,16 @@ def test_a_busy_server_is_asked_again_for_a_while(busy, status, times, fake_open
     assert len(fake_openai.requests) == times
 
 
+def test_a_line_that_takes_too_long_is_an_error_of_that_line(files, fake_openai):
+    fake_openai.delay = 0.05
+    source, target = files
+    write(source, [chat(1, "word " * 50), chat(2, "word")])
+    assert cli.main(["batch", str(source), str(target), "--url", fake_openai.url, "--timeout", "0.5"]) == 1
+    got = read(target)
+    assert got["c1"]["error"] == {"code": "no_answer", "message": "no answer within 0.5 s"}
+    assert got["c2"]["response"]["status_code"] == 200
+
+
 def test_a_server_that_is_gone_stops_the_batch(files, fake_openai, capsys):
     source, target = files
     write(source, [chat(1, "hello")])

@@ -175,7 +175,9 @@ async function reply() {
   coming.draw();
   if (coming.text || coming.thought) history.push({ role: "assistant", content: coming.text, node });
   else node.remove();
+  document.querySelectorAll(".again").forEach((older) => older.remove()); // only the last answer can be had again
   const actions = [button(words.copy, (copyButton) => copy(coming.text, copyButton)), button(words.again, again)];
+  actions[1].classList.add("again");
   node.append(element("footer", "facts", element("span", "", coming.facts(stopped)), ...actions));
   busy(false);
 }
