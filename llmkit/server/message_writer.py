@@ -79,7 +79,7 @@ class MessageWriter:
             return "stop_sequence", done.stop_reason
         if done.finish_reason == "stop" and any(b["type"] == "tool_use" for b in self._blocks):
             return "tool_use", None
-        return _STOPS.get(done.finish_reason or "", "end_turn"), None
+        return _STOPS.get(done.finish_reason or "", "max_tokens"), None  # "error" is a cut, too
 
 
 def usage(output: RequestOutput) -> dict[str, int]:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from llmkit.errors import EngineError
 from llmkit.outputs import RequestOutput
 from llmkit.server.errors import as_http_error
 from llmkit.server.message import Arguments, Call, Event, Text, Thought
@@ -92,6 +93,8 @@ class ResponseWriter:
 
     def finish(self, output: RequestOutput, usage: dict[str, Any]) -> bytes:
         """The answer is complete, or as long as it may get."""
+        if output.outputs[0].finish_reason == "error":
+            return self.fail(EngineError("the model could not go on: no token may follow, or its numbers broke"))
         cut = output.outputs[0].finish_reason != "stop"
         opening = b"" if self._items or cut else self._open_spoken(Text)  # an empty answer is an empty message
         closing = self._close("incomplete" if cut else "completed")

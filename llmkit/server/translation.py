@@ -6,13 +6,13 @@ import re
 import uuid
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import msgspec
 from pydantic import ValidationError
 
-from llmkit.errors import InvalidRequestError
+from llmkit.errors import EngineUnavailableError, InvalidRequestError
 from llmkit.outputs import RequestOutput, StreamChunk
 from llmkit.server.chat_completions import ChatCompletion, prepare
 from llmkit.server.errors import HttpError, as_http_error, refuse
@@ -84,6 +84,8 @@ def _renamed(param: str, names: Mapping[str, str]) -> str:
 async def whole(job: ChatCompletion) -> tuple[list[Event], RequestOutput]:
     """The one answer's events, and what the engine says of it."""
     output = await job.served.engine.generate(job.prompt, job.params, request_id=job.id, priority=job.body.priority or 0)
+    if output.outputs[0].finish_reason == "abort":
+        raise _cut_off()
     reader = job.reader()
     return [*reader.push(output.outputs[0].text), *reader.finish()], output
 
@@ -95,7 +97,15 @@ async def pieces(job: ChatCompletion) -> AsyncGenerator[tuple[list[Event], Strea
     async with aclosing(merged([chunks])) as stream:
         async for _, chunk in stream:
             events = reader.push(chunk.text)
+            if chunk.finish_reason == "abort":
+                yield [*events, *reader.finish()], replace(chunk, finish_reason=None)
+                raise _cut_off()
             yield [*events, *(reader.finish() if chunk.finish_reason else [])], chunk
+
+
+def _cut_off() -> EngineUnavailableError:
+    """These APIs have no word for an answer that the server ended."""
+    return EngineUnavailableError("the server ended this answer before it was complete, for it stops", "ask again in a moment")
 
 
 def new_id(kind: str) -> str:

@@ -7,7 +7,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
+from prompted import PromptedEngine
 from stub_engine import StubEngine
 
 from llmkit import LLM
@@ -85,72 +86,9 @@ def serve(llm: LLM) -> Iterator[Callable[..., Running]]:
         )
 
 
-class PromptedEngine:
-    """An engine that says what `script` answers to a prompt's text, a token a chunk. prompts: what it was asked."""
-
-    healthy = True
-
-    def __init__(self, folder: Path, script: Callable[[str], str], delay: float = 0.0) -> None:
-        from llmkit.server.engine_client import EngineFacts
-        from llmkit.tokenizer import Tokenizer
-
-        self.tokenizer, self.script, self.delay = Tokenizer.from_folder(folder), script, delay
-        self.facts = EngineFacts("scripted", str(folder), 4096, 8, self.tokenizer.vocab_size, 64, "float32", "paper")
-        self.prompts: list[str] = []
-        self.params: list[Any] = []
-        self.running = 0
-
-    async def stream(self, prompt: Any, params: Any, *, request_id: str, priority: int = 0) -> AsyncIterator[Any]:
-        from llmkit.detokenizer import Detokenizer
-        from llmkit.outputs import StreamChunk
-
-        self.prompts.append(prompt.text)
-        self.params.append(params)
-        self.running += 1
-        try:
-            said = self.script(prompt.text)
-            if isinstance(said, Exception):
-                raise said
-            said, *breaks = [said] if isinstance(said, str) else said
-            ids = self.tokenizer.encode(said, False)
-            text = Detokenizer(self.tokenizer, params)
-            limit = params.max_tokens or 4000
-            for i, token in enumerate(ids[:limit]):
-                await asyncio.sleep(self.delay)
-                if breaks and i + 1 == len(ids):
-                    raise breaks[0]
-                piece = text.push([token])
-                if text.stop_reason or i + 1 == min(len(ids), limit):
-                    reason = "stop" if text.stop_reason or i + 1 == len(ids) else "length"
-                    piece += text.flush()
-                    whole = self._output(prompt, text, ids[: i + 1], reason, request_id)
-                    yield StreamChunk(piece, [token], finish_reason=reason, output=lambda w=whole: w)
-                    return
-                running = self._output(prompt, text, ids[: i + 1], None, request_id)
-                yield StreamChunk(piece, [token], output=lambda w=running: w)
-            whole = self._output(prompt, text, [], "stop", request_id)
-            yield StreamChunk("", [], finish_reason="stop", output=lambda: whole)
-        finally:
-            self.running -= 1
-
-    def _output(self, prompt: Any, text: Any, ids: list[int], reason: str | None, request_id: str) -> Any:
-        from llmkit.outputs import CompletionOutput, RequestOutput
-
-        answer = CompletionOutput(0, text.text, list(ids), finish_reason=reason, stop_reason=text.stop_reason)
-        return RequestOutput(request_id, prompt.text, prompt.ids, [answer], reason is not None, num_cached_tokens=3)
-
-    async def generate(self, prompt: Any, params: Any, *, request_id: str, priority: int = 0) -> Any:
-        chunks = [c async for c in self.stream(prompt, params, request_id=request_id)]
-        return chunks[-1].output()
-
-    def stats(self) -> dict[str, Any]:
-        return {}
-
-
 @pytest.fixture
 def scripted(smollm2_folder: Path) -> Callable[..., PromptedEngine]:
-    """scripted(script, delay=0): an engine without a model. script: a text, an exception, a text at whose end an exception
-    comes, or what makes one of these of a prompt."""
+    """scripted(script, delay=0): an engine without a model that says `script`, or what it makes of a prompt's text."""
     return lambda script, delay=0.0: PromptedEngine(smollm2_folder, script if callable(script) else lambda _: script, delay)
 
 

@@ -204,6 +204,16 @@ def test_a_stream_that_breaks_says_so(scripted, serve):
     assert last.startswith('event: error\ndata: {"type":"error","error":{"type":"overloaded_error"')
 
 
+def test_a_server_that_stops_says_so(scripted, serve):
+    server = serve(scripted(("One two three", "abort")))
+    with pytest.raises(anthropic.APIStatusError, match="ended this answer"):
+        say(server)
+    said = []
+    with pytest.raises(anthropic.APIStatusError, match="ended this answer"):
+        said += (e.delta.text for e in say(server, stream=True) if e.type == "content_block_delta")
+    assert "".join(said) == "One two three"
+
+
 def test_a_reader_who_leaves_frees_the_engine(scripted, serve):
     engine = scripted("word " * 1000, delay=0.01)
     stream = say(serve(engine), stream=True, max_tokens=1000)

@@ -300,6 +300,18 @@ def test_a_stream_that_breaks_says_so(scripted, serve):
     assert (done.type, done.item.status, done.item.content[0].text) == ("response.output_item.done", "incomplete", "I am about")
 
 
+def test_a_server_that_stops_and_a_model_that_cannot_go_on(scripted, serve):
+    """Neither is a completed answer, nor one that was as long as allowed."""
+    ai = client(serve(scripted(("One two three", "abort"))))
+    with pytest.raises(openai.InternalServerError, match="ended this answer") as caught:
+        ai.responses.create(model=MODEL, input="Hi")
+    assert caught.value.status_code == 503
+    *_, done, last = ai.responses.create(model=MODEL, input="Hi", stream=True)
+    assert (last.type, last.response.status, done.item.content[0].text) == ("response.failed", "failed", "One two three")
+    broken = client(serve(scripted(("One two three", "error")))).responses.create(model=MODEL, input="Hi")
+    assert (broken.status, broken.error.code, broken.output_text) == ("failed", "server_error", "One two three")
+
+
 def test_a_reader_who_leaves_frees_the_engine(scripted, serve):
     engine = scripted("word " * 1000, delay=0.01)
     stream = client(serve(engine)).responses.create(model=MODEL, input="Hi", stream=True)
