@@ -163,12 +163,13 @@ class Coming {
 async function reply() {
   const coming = new Coming(bubble("assistant", ""));
   const { node } = coming;
+  let problem = null;
   running = new AbortController();
   busy(true);
   try {
     for await (const piece of answer(request(), by("key").value, running.signal)) coming.take(piece);
   } catch (error) {
-    if (error.name !== "AbortError") trouble(error);
+    problem = error.name === "AbortError" ? null : error;
   }
   const stopped = running.signal.aborted;
   running = null;
@@ -180,6 +181,7 @@ async function reply() {
   actions[1].classList.add("again");
   node.append(element("footer", "facts", element("span", "", coming.facts(stopped)), ...actions));
   busy(false);
+  if (problem) trouble(problem);
 }
 
 function busy(now) {
