@@ -92,11 +92,13 @@ def _with_errors(schema: dict[str, Any]) -> dict[str, Any]:
     fields = {"message": {"type": "string"}, "type": {"type": "string"}, "param": text, "code": text}
     inner = {"type": "object", "required": list(fields), "properties": fields}
     components["Error"] = {"type": "object", "required": ["error"], "properties": {"error": inner}}
-    content = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
-    for path in schema["paths"].values():
-        for operation in path.values():
+    components["AnthropicError"] = messages.ERROR_SCHEMA
+    for path, operations in schema["paths"].items():
+        name = "AnthropicError" if path.startswith(tuple(ERROR_FORMS)) else "Error"
+        content = {"application/json": {"schema": {"$ref": f"#/components/schemas/{name}"}}}
+        for operation in operations.values():
             operation["responses"].pop("422", None)
-            operation["responses"]["default"] = {"description": "An error, in OpenAI's form", "content": content}
+            operation["responses"]["default"] = {"description": "An error, in the form of this API", "content": content}
     for name in ("HTTPValidationError", "ValidationError"):
         components.pop(name, None)
     return schema

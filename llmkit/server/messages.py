@@ -24,6 +24,9 @@ from llmkit.server.translation import named_frame, new_id, pieces, prepare_chat,
 _TYPES = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error",
           408: "timeout_error", 413: "request_too_large", 429: "rate_limit_error", 503: "overloaded_error",
           504: "timeout_error"}  # fmt: skip
+_STRING = {"type": "string"}
+_INNER = {"type": "object", "required": ["type", "message"], "properties": {"type": _STRING, "message": _STRING}}
+ERROR_SCHEMA = {"type": "object", "required": ["type", "error"], "properties": {"type": {"const": "error"}, "error": _INNER}}
 
 
 def router(engine: EngineClient, options: ServerOptions) -> APIRouter:
@@ -33,7 +36,7 @@ def router(engine: EngineClient, options: ServerOptions) -> APIRouter:
 
     @routes.post("", summary="Answer a conversation, in Anthropic's form", response_model=None)
     async def create(request: Request, body: MessageRequest) -> Response:
-        model, headers = served.check(body), _headers(request, body)
+        model, headers = served.check(body), unknown_fields(body, (*SAMPLING, *QUIET))
         job = await _prepare(served, model, body)
         if body.stream:
             return EventStream(_stream(job), options.keep_alive_interval, options.request_timeout, _error_frames, headers)
@@ -41,17 +44,12 @@ def router(engine: EngineClient, options: ServerOptions) -> APIRouter:
         return JsonResponse(message, headers=headers)
 
     @routes.post("/count_tokens", summary="Count what a message would read", response_model=None)
-    async def count(request: Request, body: CountRequest) -> Response:
-        job = await _prepare(served, served.check(body), body)
-        return JsonResponse({"input_tokens": len(job.prompt.ids)}, headers=_headers(request, body))
+    async def count(body: CountRequest) -> Response:
+        model, headers = served.check(body), unknown_fields(body, (*SAMPLING, *QUIET))
+        job = await _prepare(served, model, body)
+        return JsonResponse({"input_tokens": len(job.prompt.ids)}, headers=headers)
 
     return routes
-
-
-def _headers(request: Request, body: CountRequest) -> dict[str, str]:
-    """Anthropic's clients look for the id under this name."""
-    known = unknown_fields(body, (*SAMPLING, *QUIET))
-    return known | {"request-id": getattr(request.state, "request_id", "")}
 
 
 async def _prepare(served: Served, model: str, body: CountRequest) -> ChatCompletion:

@@ -31,13 +31,15 @@ class RequestIds:
             return await self._app(scope, receive, send)
         request_id = _clean_id(Headers(scope=scope).get("x-request-id"))
         scope.setdefault("state", {})["request_id"] = request_id
+        names = ["X-Request-Id"] if _form(scope, self._forms) is error_body else ["X-Request-Id", "request-id"]  # Anthropic's
         started = False
 
         async def send_with_id(message: Message) -> None:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = True
-                MutableHeaders(scope=message)["X-Request-Id"] = request_id
+                for name in names:
+                    MutableHeaders(scope=message)[name] = request_id
             await send(message)
 
         try:

@@ -59,7 +59,7 @@ class ResponseStore:
         stored = self._all.get(key)
         if stored is None:
             raise HttpError(404, f"there is no response {key[:100]!r}",
-                            f"the newest {self._most} that were made with store=true are kept, in memory", param,
+                            f"each front keeps the newest {self._most} that were made with store=true, in memory", param,
                             "response_not_found")  # fmt: skip
         self._all.move_to_end(key)
         return stored

@@ -236,6 +236,7 @@ def test_keys_models_and_ids(scripted, serve):
     with pytest.raises(anthropic.NotFoundError, match="other") as missing:
         client(server, "secret").messages.create(model="other", max_tokens=5, messages=ASK)
     assert missing.value.body["error"]["type"] == "not_found_error"
+    assert missing.value.request_id == missing.value.response.headers["x-request-id"]
 
 
 IMAGE = {"type": "image", "source": {"type": "url", "url": "http://x"}}
@@ -281,3 +282,13 @@ def test_a_body_that_is_too_long(scripted, serve):
     response = httpx.post(f"{serve(scripted('ok'), max_body_bytes=100).v1}/messages", json={"messages": "word " * 100})
     assert (response.status_code, response.json()["error"]["type"]) == (413, "request_too_large")
     assert response.json()["type"] == "error"
+
+
+def test_the_schema_tells_which_error_to_expect(server):
+    paths = httpx.get(f"{server.url}/openapi.json").json()["paths"]
+
+    def error_of(path: str) -> str:
+        return paths[path]["post"]["responses"]["default"]["content"]["application/json"]["schema"]["$ref"].rpartition("/")[2]
+
+    assert error_of("/v1/messages") == error_of("/v1/messages/count_tokens") == "AnthropicError"
+    assert error_of("/v1/responses") == error_of("/v1/embeddings") == "Error"
