@@ -25,9 +25,9 @@ FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "-
          "--disable-component-update", "--disable-sync"]  # fmt: skip
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def chromium() -> Iterator[Any]:
-    """The browser."""
+    """The browser. Not for the whole session: while it lives its event loop runs here, and no test could run one of its own."""
     program = shutil.which("chromium")
     if program is None:
         if os.environ.get("CI"):
