@@ -19,6 +19,7 @@ from llmkit.engine.rows import Rows
 from llmkit.engine.runner import StepResult, create_runner
 from llmkit.engine.sampler import NO_TOKEN
 from llmkit.engine.scheduler import Schedule, Scheduler
+from llmkit.engine.shortage import Shortage
 from llmkit.models.decoder import Decoder
 
 
@@ -72,6 +73,7 @@ class Engine:
         self.scheduler = self._new_scheduler()
         self.runner = create_runner(model, self.rows, plan.num_blocks, token_budget, dtype, enforce_eager)
         self._flying: Flight | None = None
+        self._shortage = Shortage()
         self.num_steps = self.num_prompt_tokens = self.num_generated_tokens = self.num_step_tokens = 0
         self.steps_by_size = [0] * 32  # [i]: steps of at most 2^i tokens and more than half of that
 
@@ -108,7 +110,9 @@ class Engine:
         if flight is None:
             return None
         self._flying = self._launch_ahead(flight)
-        return self._process(flight)
+        output = self._process(flight)
+        self._shortage.relieve(self)
+        return output
 
     def _launch(self) -> Flight | None:
         """Schedule and run, without waiting for the tokens."""
@@ -117,7 +121,10 @@ class Engine:
             return None
         batch = build_batch(self.rows, schedule.rows, schedule.num_new, schedule.num_decodes)
         requests = [self.rows.requests[row] for row in batch.rows[batch.sampled]]
-        result = self.runner.run(batch, schedule)
+        result = self._shortage.run(self, batch, schedule)
+        if result is None:
+            self._shortage.relieve(self)
+            return self._launch()
         return Flight(schedule, batch, [r for r in requests if r is not None], result)
 
     def _launch_ahead(self, flight: Flight) -> Flight | None:
@@ -130,7 +137,8 @@ class Engine:
             return None
         ahead = batch.after(going)
         schedule = Schedule(ahead.rows, ahead.num_new, ahead.num_decodes)
-        return Flight(schedule, ahead, [flight.requests[i] for i in going], self.runner.run(ahead, schedule))
+        result = self._shortage.run(self, ahead, schedule)
+        return result and Flight(schedule, ahead, [flight.requests[i] for i in going], result)
 
     def _process(self, flight: Flight) -> StepOutput:
         """Append the new tokens, remember full blocks, end what has ended."""

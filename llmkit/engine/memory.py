@@ -13,6 +13,7 @@ from llmkit.machine import cgroup_bytes
 from llmkit.models.config import ModelConfig
 
 GiB = 1 << 30
+_USABLE = 0.97  # of the memory that is free: the driver and fragments take the rest
 _CPU_KV_LIMIT = 4 * GiB  # a CPU decodes too slowly to fill more; kv_cache_memory= asks for more
 
 
@@ -55,6 +56,11 @@ class MemoryPlan:
         return {"other processes": self.others, "weights": self.weights, "activations": self.activations,
                 "KV cache": self.kv_cache, "free": self.free}  # fmt: skip
 
+    def note_once(self, text: str) -> None:
+        """Add a note that is not there yet."""
+        if text not in self.notes:
+            self.notes.append(text)
+
     def fixes(self) -> list[str]:
         """Three ways to make more room."""
         shorter = max(256, self.max_model_len // 2)
@@ -82,6 +88,18 @@ class MemoryPlan:
 def kv_block_bytes(model: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
     """2 (keys, values) · layers · kv heads · head size · block size · bytes of a number."""
     return model.kv_bytes_per_token * block_size * dtype.itemsize
+
+
+def check_room(model: ModelConfig, dtype: torch.dtype, device: torch.device, before: int) -> None:
+    """OutOfMemoryError when the weights alone are more than a GPU has free: now rather than after reading half of them."""
+    need = model.num_parameters * dtype.itemsize
+    free = device_total(device) - before
+    if device.type == "cuda" and need > free:
+        raise OutOfMemoryError(
+            f"the weights need {need / GiB:.1f} GiB in {str(dtype).removeprefix('torch.')}, and {free / GiB:.1f} GiB of {device} "
+            f"are free: {before / GiB:.1f} GiB are held by others, or by this process",
+            "close what is not used (llm.close(), other notebooks; nvidia-smi names the processes), or take a smaller model",
+        )
 
 
 def plan_memory(
@@ -124,10 +142,14 @@ def _activations(model: ModelConfig, dtype: torch.dtype, max_num_seqs: int, max_
 def _kv_budget(config: EngineConfig, plan: MemoryPlan, device: torch.device) -> float:
     if config.kv_cache_memory is not None:
         return config.kv_cache_memory * GiB
-    left = plan.total - plan.others - plan.weights - plan.activations
+    free, own = plan.total - plan.others, plan.weights + plan.activations
     if device.type == "cpu":
-        return min(left * 0.5, _CPU_KV_LIMIT)
-    return left - plan.total * (1 - config.gpu_memory_utilization)
+        return min((free - own) * 0.5, _CPU_KV_LIMIT)
+    asked = plan.total * config.gpu_memory_utilization
+    if asked > free * _USABLE:
+        plan.notes.append(f"gpu_memory_utilization={config.gpu_memory_utilization:g} is {asked / GiB:.1f} GiB, of which "
+                          f"{free / GiB:.1f} GiB are free: others hold {plan.others / GiB:.1f} GiB")  # fmt: skip
+    return min(asked, free * _USABLE) - own
 
 
 def device_total(device: torch.device) -> int:

@@ -17,8 +17,8 @@ from llmkit import ops
 from llmkit.attention.choice import choose
 from llmkit.config import EngineConfig
 from llmkit.engine.engine import Engine
-from llmkit.engine.memory import device_used, plan_memory
-from llmkit.errors import ConfigError
+from llmkit.engine.memory import check_room, device_used, plan_memory
+from llmkit.errors import ConfigError, OutOfMemoryError
 from llmkit.models.config import ModelConfig, read_json
 from llmkit.models.decoder import Decoder
 from llmkit.models.reader import fast_reader
@@ -75,9 +75,17 @@ def start_engine(config: EngineConfig, report: StartupReport | None = None) -> S
 
     The tokenizer is read beside the device's start and the weights; its stage is what is left to wait for after them.
     """
+    try:
+        return _start(config, report or StartupReport())
+    except torch.OutOfMemoryError as error:
+        said = str(error)  # not the error itself: it would keep what was loaded
+    raise OutOfMemoryError(f"the device's memory ran out while the engine started: {said}",
+                           "close what is not used (llm.close(), other notebooks), or lower gpu_memory_utilization")  # fmt: skip
+
+
+def _start(config: EngineConfig, report: StartupReport) -> Started:
     from llmkit import hub
 
-    report = report or StartupReport()
     with report.stage("find the model"):
         where = {"source": config.source, "revision": config.revision, "cache_dir": config.download_dir}
         folder = hub.resolve(config.model, **where)
@@ -93,6 +101,7 @@ def start_engine(config: EngineConfig, report: StartupReport | None = None) -> S
             attention = choose(config.attention_backend, device, dtype, model_config, config.block_size)
             config = dataclasses.replace(config, block_size=attention.block_size)
             used_before = device_used(device)
+            check_room(model_config, dtype, device, used_before)
         if reading.done():
             reading.result()  # a folder without a tokenizer is told before the weights are read
         with report.stage("weights"):

@@ -107,13 +107,62 @@ def test_when_nothing_fits_the_error_carries_the_plan_and_three_fixes(options):
     assert isinstance(caught.value, MemoryError)
 
 
+def on_a_gpu(share: float, before: int, total: int = 4 << 20, weights: int = 1 << 19) -> MemoryPlan:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memory, "device_total", lambda device: total)
+        config = EngineConfig(gpu_memory_utilization=share)
+        return plan_memory(config, MODEL, torch.float32, torch.device("cuda"), weights, 8, 64, before)
+
+
 @pytest.mark.parametrize("share", [0.5, 0.75, 0.9])
 def test_a_gpu_gives_its_share(share):
-    """On a GPU the cache takes what gpu_memory_utilization leaves of the whole device, after weights and everybody else."""
+    """On a GPU an engine takes gpu_memory_utilization of the whole device: weights, activations and the cache, all in all."""
+    found = on_a_gpu(share, before=1 << 18)
+    own = found.weights + found.activations
+    assert found.num_blocks == int((found.total * share - own) // 15360)
+    assert own + found.kv_cache <= share * found.total
+    assert not [n for n in found.notes if "utilization" in n]
+
+
+def test_two_engines_share_a_gpu_by_their_fractions():
+    first = on_a_gpu(0.45, before=1 << 17)
+    held = first.others + first.weights + first.activations + first.kv_cache
+    second = on_a_gpu(0.45, before=held)
+    assert second.kv_cache == first.kv_cache
+    assert held + second.weights + second.activations + second.kv_cache <= second.total
+
+
+def test_what_others_hold_is_left_to_them_and_said():
+    found = on_a_gpu(0.9, before=2 << 20)
+    own = found.weights + found.activations
+    assert found.num_blocks == int((2 << 20) * 0.97 - own) // 15360
+    assert "gpu_memory_utilization=0.9 is 0.0 GiB, of which 0.0 GiB are free: others hold 0.0 GiB" in found.notes[0]
+    with pytest.raises(OutOfMemoryError, match="others hold"):
+        on_a_gpu(0.9, before=(4 << 20) - (1 << 19))
+
+
+def test_weights_that_do_not_fit_are_refused_before_they_are_read():
+    need = MODEL.num_parameters * 4
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(memory, "device_total", lambda device: 4 << 20)
-        config = EngineConfig(gpu_memory_utilization=share)
-        found = plan_memory(config, MODEL, torch.float32, torch.device("cuda"), 1 << 19, 8, 64, 1 << 18)
-    used = found.others + found.weights + found.activations
-    assert found.num_blocks == int((found.total * share - used) // 15360)
-    assert used + found.kv_cache <= share * found.total
+        patch.setattr(memory, "device_total", lambda device: 10 * GiB)
+        memory.check_room(MODEL, torch.float32, torch.device("cuda"), 10 * GiB - need)
+        with pytest.raises(OutOfMemoryError, match=r"need 0\.0 GiB in float32, and 0\.0 GiB of cuda are free: 10\.0 GiB"):
+            memory.check_room(MODEL, torch.float32, torch.device("cuda"), 10 * GiB - need + 1)
+        memory.check_room(MODEL, torch.float32, CPU, 10 * GiB)  # a CPU has swap and a page cache: it finds out by itself
+
+
+def test_memory_that_runs_out_while_loading_is_typed_and_kept_by_nobody(dummy_folder, monkeypatch):
+    import weakref
+
+    held = []
+
+    def fails(*args: Any) -> None:
+        loaded = torch.zeros(10)
+        held.append(weakref.ref(loaded))
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB.")
+
+    monkeypatch.setattr("llmkit.engine.start._load", fails)
+    with pytest.raises(OutOfMemoryError, match=r"the engine started: CUDA out of memory\. (.|\n)*gpu_memory") as caught:
+        LLM(dummy_folder, load_format="dummy")
+    assert caught.value.__cause__ is caught.value.__context__ is None
+    assert held[0]() is None
