@@ -135,10 +135,21 @@ def add_engine_arguments(parser: argparse.ArgumentParser, skip: tuple[str, ...] 
 
 def _reader(name: str, kind: Any) -> Any:
     """What makes a flag's word its value: vLLM's words are understood."""
+    if kind is int:
+        return _integer
     if kind is not str:
         return kind
     spellings = DTYPE_NAMES if name == "dtype" else {word: own for (n, word), own in _SAME_VALUE.items() if n == name}
     return lambda word: spellings.get(word, word)
+
+
+def _integer(word: str) -> int:
+    """4096, or as vLLM lets one write it: 4k is 4000, 4K is 4096, and so on for m, M, g, G."""
+    thousands = {"k": 10**3, "K": 2**10, "m": 10**6, "M": 2**20, "g": 10**9, "G": 2**30}
+    return int(float(word[:-1]) * thousands[word[-1]]) if word[-1:] in thousands else int(word)
+
+
+_integer.__name__ = "int"  # argparse names it when a word is none
 
 
 def engine_options(args: argparse.Namespace) -> dict[str, Any]:

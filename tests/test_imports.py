@@ -33,6 +33,12 @@ def test_import_loads_nothing_heavy(module):
     assert loaded & HEAVY == set()
 
 
+def test_a_servers_front_needs_no_torch():
+    modules = "llmkit.server.launch, llmkit.server.front_process, llmkit.server.app"
+    loaded = set(python(f"import sys, {modules}; print(*sys.modules)").split())
+    assert loaded & {"torch", "transformers"} == set()
+
+
 def test_the_version_and_the_words_users_read_need_no_torch():
     block = f"import sys\nfor name in {HEAVY}: sys.modules[name] = None\n"
     words = "llmkit.__version__, llmkit.SamplingParams(temperature=0).greedy, llmkit.EngineConfig().max_logprobs"

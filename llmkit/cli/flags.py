@@ -19,17 +19,27 @@ def spellings(name: str) -> list[str]:
 
 
 def add_flags(group: Any, table: type, aliases: Mapping[str, str] = {}, skip: tuple[str, ...] = ()) -> None:
-    """A flag for each field of the dataclass `table`. Only those that are given get into the namespace."""
+    """A flag for each field of the dataclass `table`, and hidden ones for its other spellings. Only those that are given get into
+    the namespace."""
     hints = typing.get_type_hints(table)
     for f in dataclasses.fields(table):
         if f.name in skip:
             continue
         others = [other for other, own in aliases.items() if own == f.name]
-        names = [word for name in (*others, f.name) for word in spellings(name)]
-        how = _how(hints[f.name], f.metadata["choices"])
+        names = [f.name, *others] if f.name[:-1] not in others else [f.name[:-1], f.name, *others]  # --api-key for api_keys
+        shown, *hidden = dict.fromkeys(word for name in names for word in spellings(name))
+        how = _how(hints[f.name], f.metadata["choices"]) | {"dest": f.name, "default": argparse.SUPPRESS}
         if "action" not in how and not how.get("choices"):
-            how["metavar"] = (others or [f.name])[0].upper()
-        group.add_argument(*names, dest=f.name, default=argparse.SUPPRESS, help=f.metadata["help"], **how)
+            how["metavar"] = names[0].upper()
+        group.add_argument(shown, help=f.metadata["help"] + _default(f.default), **how)
+        if hidden:
+            group.add_argument(*hidden, help=argparse.SUPPRESS, **how)
+
+
+def _default(value: Any) -> str:
+    """What happens without the flag, where the help does not say so anyway."""
+    text = " ".join(value) if isinstance(value, tuple) else f"{value:g}" if isinstance(value, float) else value
+    return "" if text in (None, "", False, True) else f" (default: {text})"
 
 
 def _how(hint: Any, choices: tuple[str, ...] | None) -> dict[str, Any]:

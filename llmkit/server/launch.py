@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 from llmkit.config import EngineConfig
-from llmkit.errors import LlmkitError
+from llmkit.errors import ConfigError, LlmkitError
 from llmkit.server.address import listen, url_of
 from llmkit.server.aside import aside
 from llmkit.server.front import log_to_stderr
@@ -25,6 +25,9 @@ from llmkit.server.wire import Stage, Start
 
 def launch(plan: Plan) -> int:
     """Serve until told to stop; the exit code. Raises the error of a start that failed, after telling it in the run file."""
+    if not hasattr(socket, "AF_UNIX") or sys.platform == "win32":
+        raise ConfigError("the server's processes talk through Unix sockets, which this system does not have",
+                          "run it in WSL, or use LLM(...) in Python")  # fmt: skip
     log_to_stderr(plan.serving.log_level)
     run_file = RunFile(plan.serving.run_file, model=plan.engine.model, served_model_names=list(plan.names),
                        stage="find the model")  # fmt: skip
