@@ -81,16 +81,20 @@ class Target:
 def _measure(args: argparse.Namespace) -> int:
     from llmkit.bench.load import Load
     from llmkit.bench.measure import say
+    from llmkit.bench.report import load_average, warnings
     from llmkit.bench.serve_report import ServeReport
+    from llmkit.machine import num_cores
 
     _check(args)
+    load_before = load_average()
     loads = [Load(rate=r) for r in args.rate] if args.rate else [Load(concurrency=n) for n in args.concurrency or [8]]
     with _server(args) as url:
         target, work, runs = asyncio.run(_run(args, url, loads))
     say("")
     options = engine_options(args) | {name: _plain(getattr(args, name)) for name in KEPT}
     options.pop("model", None)
-    report = ServeReport(_own_name(target.model), work, target.runs_on, runs, options)
+    busy = warnings([], load_before, 0, num_cores())
+    report = ServeReport(_own_name(target.model), work, target.runs_on, runs, options, busy)
     print(report.text())
     if args.markdown:
         print("\n" + report.markdown())
@@ -184,7 +188,15 @@ async def _look(args: argparse.Namespace, client: OpenAIClient) -> Target:
         raise ServerError(f"{client.url} does not say what its model is called", "name it: llmkit bench serve NAME --url URL")
     reply = await client.get("/server_info")  # ours has it; another answers 404
     facts = reply.body.get("facts", {}) if reply.ok and isinstance(reply.body, dict) else {}
-    return Target(client, model or names[0], facts.get("runs_on", Target.runs_on), facts.get("vocab_size"))
+    return Target(client, model or names[0], _device(args, facts.get("runs_on")), facts.get("vocab_size"))
+
+
+def _device(args: argparse.Namespace, runs_on: str | None) -> str:
+    """What the figures belong to; of a server on this processor, its name."""
+    from llmkit.machine import cpu_name, num_cores
+
+    here = f"{cpu_name()}, {num_cores()} cores, " if runs_on and not args.url and " on cpu" in runs_on else ""
+    return here + (runs_on or Target.runs_on)
 
 
 def _source(args: argparse.Namespace, target: Target) -> Source:

@@ -18,13 +18,15 @@ COLUMNS = ("mean", "p50", "p90", "p99")
 
 @dataclass
 class ServeReport:
-    """work: what was asked. runs_on: the server's device, as it says itself, or "a server elsewhere". options: of the command."""
+    """work: what was asked. runs_on: the server's device, as it says itself, or "a server elsewhere". options: of the command.
+    busy: why the figures are not to be trusted, whatever they are."""
 
     model: str
     work: str
     runs_on: str
     runs: list[Run]
     options: dict[str, Any] = field(default_factory=dict)
+    busy: list[str] = field(default_factory=list)
     summaries: list[Summary] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -32,7 +34,7 @@ class ServeReport:
 
     @property
     def warnings(self) -> list[str]:
-        return [w for s in self.summaries for w in s.warnings]
+        return [*self.busy, *(w for s in self.summaries for w in s.warnings)]
 
     def text(self) -> str:
         """For the terminal."""
