@@ -95,13 +95,15 @@ def _literal(word: str) -> Any:
         return word
 
 
-def add_foreign_flags(parser: argparse.ArgumentParser, table: Mapping[str, tuple[tuple[Any, ...], str]]) -> None:
-    """Hidden flags for vLLM's options in `table` that `parser` does not have itself."""
+def add_foreign_flags(
+    parser: argparse.ArgumentParser, table: Mapping[str, tuple[tuple[Any, ...], str]], short: Mapping[str, str] = {}
+) -> None:
+    """Hidden flags for vLLM's options in `table` that `parser` does not have itself. short: -pp and the like -> the option."""
     known = {name for action in parser._actions for name in action.option_strings}
     for name, (harmless, hint) in table.items():
         switch = any(isinstance(v, bool) for v in harmless)
         names = spellings(name) + ([f"--no-{name.replace('_', '-')}"] if switch else [])
-        names = [n for n in names if n not in known]
+        names = [n for n in names if n not in known] + [letters for letters, own in short.items() if own == name]
         if names:
             parser.add_argument(*names, action=Foreign, nargs=0 if switch else None, harmless=harmless, hint=hint,
                                 default=argparse.SUPPRESS, help=argparse.SUPPRESS)  # fmt: skip

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 OTHER_NAMES = {"uvicorn_log_level": "log_level"}
 SHORT = {"-tp": "tensor_parallel_size", "-q": "quantization"}
+SHORT_FOREIGN = {"-pp": "pipeline_parallel_size", "-dp": "data_parallel_size", "-O": "compilation_config"}
 
 
 def add(commands: Any) -> None:
@@ -46,7 +47,7 @@ def add_serve_arguments(parser: Parser) -> None:
     for short, own in SHORT.items():
         parser.add_argument(short, dest=own, default=argparse.SUPPRESS, help=argparse.SUPPRESS,
                             type=int if own == "tensor_parallel_size" else str)  # fmt: skip
-    add_foreign_flags(parser, vllm_options.ENGINE | vllm_options.SERVER | SKIPPED)
+    add_foreign_flags(parser, vllm_options.ENGINE | vllm_options.SERVER | SKIPPED, SHORT_FOREIGN)
 
 
 SKIPPED: dict[str, tuple[tuple[Any, ...], str]] = {

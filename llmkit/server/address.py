@@ -11,7 +11,17 @@ from pathlib import Path
 from llmkit.errors import ConfigError
 from llmkit.server.serve_options import ServeOptions
 
-BACKLOG = 2048
+BACKLOG, MOST_FILES = 2048, 65536
+
+
+def allow_many_connections() -> None:
+    """Each is an open file, of which a shell often allows 1,024."""
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def listen(options: ServeOptions) -> socket.socket:
@@ -21,7 +31,8 @@ def listen(options: ServeOptions) -> socket.socket:
 
 def _listen_tcp(host: str, port: int) -> socket.socket:
     try:
-        family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, kind, proto, _, address = min(found, key=lambda a: a[0] != socket.AF_INET)  # localhost is 127.0.0.1 first
     except socket.gaierror as e:
         raise ConfigError(f"--host {host} is no address: {e.strerror}", "use 127.0.0.1 (this machine) or 0.0.0.0 (all)") from e
     sock = socket.socket(family, kind, proto)

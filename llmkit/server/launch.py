@@ -12,15 +12,18 @@ from pathlib import Path
 
 from llmkit.config import EngineConfig
 from llmkit.errors import ConfigError, LlmkitError
-from llmkit.server.address import listen, url_of
+from llmkit.server.address import allow_many_connections, listen, url_of
 from llmkit.server.aside import aside
 from llmkit.server.front import log_to_stderr
 from llmkit.server.fronts import fronts
 from llmkit.server.keeper import EngineKeeper
 from llmkit.server.lifeline import when_stdin_closes
+from llmkit.server.records import with_run_file
 from llmkit.server.run_file import RunFile
 from llmkit.server.serve_options import Plan
 from llmkit.server.wire import Stage, Start
+
+FINDING = "find the model"
 
 
 def launch(plan: Plan) -> int:
@@ -29,8 +32,10 @@ def launch(plan: Plan) -> int:
         raise ConfigError("the server's processes talk through Unix sockets, which this system does not have",
                           "run it in WSL, or use LLM(...) in Python")  # fmt: skip
     log_to_stderr(plan.serving.log_level)
+    allow_many_connections()
+    plan = with_run_file(plan)
     run_file = RunFile(plan.serving.run_file, model=plan.engine.model, served_model_names=list(plan.names),
-                       stage="find the model")  # fmt: skip
+                       stage=FINDING)  # fmt: skip
     try:
         with listen(plan.serving) as sock:
             port = None if plan.serving.uds else sock.getsockname()[1]
@@ -96,7 +101,7 @@ class Launcher:
         """Find the model, tell engine and fronts, wait for both, say so."""
         begin, config = time.monotonic(), self._plan.engine
         folder, tokenizer = await aside(find_model, config)
-        self._stages["find the model"] = time.monotonic() - begin
+        self._stages[FINDING] = time.monotonic() - begin
         found = dataclasses.replace(config, model=str(folder), tokenizer=str(tokenizer))
         order.set_result(Start(dataclasses.asdict(found), config.model))
         if self._plan.server.chat_template is not None:
@@ -107,8 +112,11 @@ class Launcher:
         self._announce()
 
     def _on_stage(self, stage: Stage) -> None:
+        """The engine is at another stage of its start. While the model is still being fetched, that is what it waits for."""
         if self._keeper.was_ready:
             return
+        if FINDING not in self._stages:
+            stage = Stage(FINDING, stage.done)
         self._fronts.tell(stage)
         self._run_file.update(stage=stage.name, stages=stage.done | self._stages)
 

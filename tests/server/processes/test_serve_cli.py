@@ -38,7 +38,7 @@ def test_nothing_asked_is_the_default_model_on_this_machine_only():
      lambda p: p.engine.gpu_memory_utilization == 0.8),
     (["m", "--dtype", "half"], lambda p: p.engine.dtype == "float16"),
     (["m", "--generation-config", "vllm"], lambda p: p.engine.generation_config == p.server.generation_config == "none"),
-    (["m", "--num-gpu-blocks-override", "64", "-tp", "1"], lambda p: p.engine.num_kv_blocks == 64),
+    (["m", "--num-gpu-blocks-override", "64", "-tp", "1", "-pp", "1", "-dp", "1"], lambda p: p.engine.num_kv_blocks == 64),
     (["m", "--max-model-len", "4K", "--max-num-batched-tokens=8k"],
      lambda p: (p.engine.max_model_len, p.engine.max_num_batched_tokens) == (4096, 8000)),
     (["m", "--served_model_name", "x", "--log_level", "info"], lambda p: (p.names, p.serving.log_level) == (("x",), "info")),
@@ -56,6 +56,7 @@ def test_vllms_spelling_is_understood(words, seen):
 @pytest.mark.parametrize(("words", "what", "hint"), [
     (["m", "--max-model-length", "5"], "no option --max-model-length", "did you mean --max-model-len?"),
     (["m", "--enable-lora"], "no option --enable-lora", "merge the adapter"),
+    (["m", "-O3"], "no option -O 3", "enforce_eager"),
     (["m", "--swap-space", "16"], "no option --swap-space 16", "never swapped"),
     (["m", "--tool-call-parser", "hermess"], "cannot be 'hermess'", "did you mean hermes?"),
     (["m", "--middleware", "x.y"], "no option --middleware x.y", "proxy"),
@@ -210,3 +211,27 @@ def test_the_default_model_answers(start):
     asked = {"model": DEFAULT_MODEL, "messages": question, "max_tokens": 30, "temperature": 0}
     answer = server.http.post(f"{server.url}/v1/chat/completions", json=asked).raise_for_status().json()
     assert "Paris" in answer["choices"][0]["message"]["content"]
+
+
+def test_localhost_is_the_address_that_clients_try(start):
+    server = start("--host", "localhost").ready()
+    assert server.url.startswith("http://127.0.0.1:")
+    assert server.healthy()
+    limits = Path(f"/proc/{server.process.pid}/limits").read_text()
+    soft, hard = next(line for line in limits.splitlines() if line.startswith("Max open files")).split()[3:5]
+    assert int(soft) >= min(65536, int(hard) if hard.isdigit() else 65536)
+
+
+def test_while_a_model_is_fetched_that_is_the_stage(tmp_path):
+    from llmkit.server.launch import Launcher
+    from llmkit.server.run_file import RunFile
+    from llmkit.server.wire import Stage
+
+    file = RunFile(str(tmp_path / "run.json"))
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        launcher = Launcher(plan("m"), sock, file)
+        launcher._on_stage(Stage("import torch", {}))
+        assert file.facts["stage"] == "find the model"
+        launcher._stages["find the model"] = 9.0
+        launcher._on_stage(Stage("weights", {"import torch": 1.0}))
+    assert (file.facts["stage"], file.facts["stages"]) == ("weights", {"import torch": 1.0, "find the model": 9.0})
