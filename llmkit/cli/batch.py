@@ -34,7 +34,7 @@ def add(commands: Any) -> None:
     add_server_arguments(p)
     p.add_argument("--model", metavar="MODEL", default=argparse.SUPPRESS,
                    help=f"what to run; by default the model that the lines name, or {DEFAULT_MODEL} when they name none")
-    add_engine_arguments(p, skip=("model",))
+    add_engine_arguments(p, skip=("model", "skip_tokenizer_init"))
 
 
 def add_server_arguments(parser: argparse.ArgumentParser) -> None:

@@ -25,7 +25,7 @@ def add(commands: Any) -> None:
     p.add_argument("--load", metavar="FILE", type=Path, help="go on with a conversation that /save wrote")
     add_server_arguments(p)
     add_sampling_arguments(p)
-    add_engine_arguments(p, skip=("model",))
+    add_engine_arguments(p, skip=("model", "skip_tokenizer_init"))
 
 
 def _chat(args: argparse.Namespace) -> int:

@@ -156,8 +156,9 @@ class Connections:
                 _, exchange = await loop.create_connection(Exchange, self.host, self.port, ssl=self._tls)
         except TimeoutError as e:
             raise ServerError(f"{self.root} did not answer within {self.timeout:g} s", "is that the right address?") from e
-        except OSError as e:
-            raise ServerError(f"there is no server at {self.root}: {e.strerror or e}", "start one: llmkit serve MODEL") from e
+        except OSError as e:  # asyncio's own words for a refusal are of the tries it made
+            why = "nobody listens there" if "Connect call failed" in str(e) else e.strerror or e
+            raise ServerError(f"there is no server at {self.root}: {why}", "start one: llmkit serve MODEL") from e
         return exchange
 
     def close(self) -> None:
