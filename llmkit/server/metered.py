@@ -99,6 +99,7 @@ class Watch:
         self.reasons: dict[int, str] = {}
         self.times: RequestMetrics | None = None
         self.num_cached = 0
+        self.ended: float | None = None  # when all of it was here; who reads it may take his time
         self.max_tokens = params.max_tokens or max_model_len - self.num_prompt
 
     def see(self, chunk: StreamChunk) -> None:
@@ -151,7 +152,7 @@ class Watch:
         self.metrics.count("prompt_tokens_total", self.num_prompt)
 
     def _see_end(self, output: RequestOutput) -> None:
-        self.times, self.num_cached = output.metrics, output.num_cached_tokens
+        self.times, self.num_cached, self.ended = output.metrics, output.num_cached_tokens, time.monotonic()
 
     def end(self, otherwise: str) -> None:
         """It is over; answers that did not finish ended by `otherwise`."""
@@ -161,9 +162,8 @@ class Watch:
             if index in self.first and self.tokens[index] > 1:
                 mean = (self.last[index] - self.first[index]) / (self.tokens[index] - 1)
                 self.metrics.observe("request_time_per_output_token_seconds", mean)
-        until = max(self.last.values()) if len(self.reasons) == self.n and self.last else time.monotonic()
         values = {
-            "e2e_request_latency_seconds": until - self.begin,
+            "e2e_request_latency_seconds": (self.ended or time.monotonic()) - self.begin,
             "request_prompt_tokens": self.num_prompt,
             "request_max_num_generation_tokens": max(self.tokens.values(), default=0),
             "request_prefill_kv_computed_tokens": self.num_prompt - self.num_cached,
