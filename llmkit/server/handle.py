@@ -60,6 +60,7 @@ class _Child:
 
 
 _OURS: dict[Path, _Child] = {}
+_CARDS: dict[Path, list[Callable[[], None]]] = {}
 
 
 class ServerDiedError(LlmkitError, RuntimeError):
@@ -194,7 +195,6 @@ class Server:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.cards: list[Callable[[], None]] = []  # what shows it; each redraws itself
         self.shown_in: int | None = None  # number of the cell that shows it last
 
     # ---- what it is
@@ -359,6 +359,11 @@ class Server:
         return hash(self.folder)
 
     # ---- how it looks
+
+    @property
+    def cards(self) -> list[Callable[[], None]]:
+        """What shows it, whichever object it was shown by; each redraws itself."""
+        return _CARDS.setdefault(self.folder, [])
 
     def refresh(self) -> None:
         """Redraw the cards that show it."""

@@ -6,15 +6,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmkit.hub.cache import cache_root
+
+if TYPE_CHECKING:
+    from llmkit.server.serve_options import Plan
 
 RUN_FILE, STARTED_FILE, LOG_FILE = "run.json", "started.json", "server.log"
 KEPT = 20  # folders of servers that are gone
@@ -107,6 +111,17 @@ def new_folder() -> Path:
     folder = root() / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}-{time.monotonic_ns() % 1_000_000:06}"
     folder.mkdir(parents=True, mode=0o700)
     return folder
+
+
+def with_run_file(plan: Plan) -> Plan:
+    """A server that nobody gave a run file writes one here, so that a notebook or another terminal finds it, too."""
+    if plan.serving.run_file is not None:
+        return plan
+    try:
+        path = new_folder() / RUN_FILE
+    except OSError:  # a home that cannot be written is no reason not to serve
+        return plan
+    return dataclasses.replace(plan, serving=dataclasses.replace(plan.serving, run_file=str(path)))
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:

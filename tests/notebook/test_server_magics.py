@@ -1,6 +1,8 @@
 """%llmkit serve, status, logs and stop in real kernels; who outlives whom when a kernel is interrupted, restarted or killed."""
 
 import os
+import subprocess
+import sys
 import time
 
 import nbformat
@@ -185,3 +187,25 @@ def test_a_run_without_a_browser_waits_and_saves_the_card_as_it_ends(tmp_path, r
     (output,) = nbformat.read(result.path, as_version=4).cells[-1].outputs
     assert output.data["text/plain"].startswith("● llmkit server ready: fake-model")
     assert [r for r in all_records() if r.alive] == []
+
+
+def test_a_server_of_a_terminal_is_found_used_and_stopped_from_a_notebook(kernel, dummy_folder, run_dir, ends):
+    """The real command; what the model says has no meaning."""
+    command = [sys.executable, "-m", "llmkit", "serve", str(dummy_folder), "--load-format", "dummy", "--port", "0",
+               "--max-model-len", "256", "--kv-cache-memory", "0.05", "--served-model-name", "from-a-terminal"]  # fmt: skip
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    terminal = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, env=env)
+    try:
+        assert terminal.stdout is not None
+        assert b"from-a-terminal is served at" in terminal.stdout.readline()
+        table = kernel.run("%llmkit status")[-1]["data"]["text/plain"]
+        assert "from-a-terminal" in table
+        assert "on its own" in table
+        said = kernel.run("%%llmkit chat --new --model from-a-terminal --max-tokens 5 --ignore-eos --out answer\nhello")
+        assert "from-a-terminal" in faces(said)["text/plain"]
+        assert kernel.value("answer.usage[1], answer.finish_reason") == "(5, 'length')"
+        kernel.run("%llmkit stop from-a-terminal")
+        assert ends(terminal.pid, 1)
+    finally:
+        terminal.kill()
+        terminal.communicate()
