@@ -209,3 +209,35 @@ def test_a_server_of_a_terminal_is_found_used_and_stopped_from_a_notebook(kernel
     finally:
         terminal.kill()
         terminal.communicate()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["restart", "shutdown", "SIGKILL"])
+def test_the_real_server_and_its_engine_live_through_interrupts_and_end_with_the_kernel(start_kernel, dummy_folder, ends, how):
+    """While it answers: a server that is busy must notice, too."""
+    kernel = start_kernel(fake=False)
+    options = "--load-format dummy --max-model-len 8192 --kv-cache-memory 0.2 --new --wait"
+    pid = int(kernel.text(f"server = %llmkit serve {dummy_folder} {options}\nprint(server.pid)"))
+    family = [pid, *(p.pid for p in psutil.Process(pid).children(recursive=True))]
+    assert len(family) >= 2, "the engine is a process of its own"
+    kernel.interrupt()
+    talking = "%%llmkit chat --new --model server --max-tokens 8000 --ignore-eos\nhello"
+    cell = kernel.begin(talking)
+    time.sleep(2)
+    assert kernel.manager.is_alive()
+    kernel.interrupt()
+    assert [o["ename"] for o in kernel.messages(cell) if o["type"] == "error"] == ["Stopped"]
+    assert kernel.value("server.state, server.pid") == f"('ready', {pid})"
+    deadline = time.monotonic() + 5
+    while kernel.value("server.stats()['running']") != "0":
+        assert time.monotonic() < deadline, "the request goes on in the server"
+    kernel.begin(talking)
+    time.sleep(1)
+    match how:
+        case "restart":
+            kernel.restart()
+        case "shutdown":
+            kernel.manager.shutdown_kernel(now=False)
+        case "SIGKILL":
+            kernel.kill()
+    assert all(ends(member, 5) for member in family)
