@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import importlib.util
 import math
 import os
 from collections.abc import Iterator
@@ -120,6 +121,8 @@ def _check(args: argparse.Namespace) -> None:
     for name, file in (("--json", args.json), ("--plot", args.plot)):
         if file and not Path(file).absolute().parent.is_dir():
             raise ConfigError(f"{name} {file}: the folder does not exist", f"mkdir -p {Path(file).parent}")
+    if args.plot and importlib.util.find_spec("matplotlib") is None:
+        raise ConfigError("--plot needs matplotlib", 'pip install "llmkit[notebook]"')
     if args.plot and args.plot.suffix not in (".png", ".svg", ".pdf"):
         raise ConfigError(f"--plot {args.plot}: draws .png, .svg or .pdf")
     given = [name for name in engine_options(args) if name != "model"]

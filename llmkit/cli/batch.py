@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import sys
 from contextlib import closing
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmkit.cli.parser import UsageError, command
 from llmkit.config import DEFAULT_MODEL, add_engine_arguments, engine_options
+from llmkit.errors import ConfigError
 
 if TYPE_CHECKING:
     from llmkit.batch.run import Batch
@@ -97,6 +99,7 @@ async def _by_server(args: argparse.Namespace, batch: Batch) -> None:
 def _here(args: argparse.Namespace, batch: Batch) -> None:
     import asyncio
 
+    _check_endpoints()
     from llmkit.llm import LLM
 
     options = engine_options(args)
@@ -104,6 +107,14 @@ def _here(args: argparse.Namespace, batch: Batch) -> None:
         options["model"] = batch.model_name() or DEFAULT_MODEL
     with LLM(**options) as llm:
         asyncio.run(_by_engine(args, batch, llm, (options["model"], *args.served_model_name)))
+
+
+def _check_endpoints() -> None:
+    """Better before a model is loaded than after."""
+    try:
+        importlib.import_module("llmkit.server.app")
+    except ModuleNotFoundError as e:
+        raise ConfigError(f"a batch needs the server's package {e.name}", 'pip install "llmkit[server]"') from e
 
 
 async def _by_engine(args: argparse.Namespace, batch: Batch, llm: Any, names: tuple[str, ...]) -> None:

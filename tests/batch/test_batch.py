@@ -202,3 +202,13 @@ def test_here_a_line_means_what_the_server_would_do(files, dummy_folder, capsys)
     assert len(got["e"]["response"]["body"]["data"]) == 2
     assert all(line["response"]["request_id"] for line in got.values())
     assert "11 of 11 lines answered, 2 of them with an error" in capsys.readouterr().err
+
+
+def test_a_batch_without_the_server_s_packages_says_so_before_a_model_is_loaded(files, monkeypatch, capsys):
+    write(files[0], [chat(1, "hello")])
+    monkeypatch.setitem(sys.modules, "fastapi", None)
+    for name in [n for n in sys.modules if n.startswith("llmkit.server.")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr("llmkit.llm.LLM.__init__", None)
+    assert cli.main(["batch", *map(str, files)]) == 1
+    assert 'pip install "llmkit[server]"' in capsys.readouterr().err
