@@ -53,7 +53,8 @@ class CudaLane:
     def __init__(self, device: torch.device, size: int) -> None:
         self.stream = torch.cuda.Stream(device)
         self.events = [torch.cuda.Event() for _ in range(2)]
-        self.buffers = torch.frombuffer(mmap.mmap(-1, 2 * size), dtype=torch.uint8).view(2, size)
+        memory = mmap.mmap(-1, 2 * size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self.buffers = torch.frombuffer(memory, dtype=torch.uint8).view(2, size)
         self.cuda: Any = torch.cuda.cudart()
         torch.cuda.check_error(self.cuda.cudaHostRegister(self.buffers.data_ptr(), self.buffers.nbytes, 0))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from llmkit.errors import WeightsError
 from llmkit.models import reader as module
 from llmkit.models.config import ModelConfig
 from llmkit.models.decoder import Decoder
-from llmkit.models.reader import PlainLane, Reader, fast_reader
+from llmkit.models.reader import CudaLane, PlainLane, Reader, fast_reader
 from llmkit.models.weights import DummySource, SafetensorsSource
 
 CPU = torch.device("cpu")
@@ -205,6 +206,69 @@ def test_an_interrupt_ends_the_threads(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         reader.run()
     assert [t for t in threading.enumerate() if t.name.startswith("llmkit-weights")] == []
+
+
+class FakeCuda:
+    """What `CudaLane` calls of torch.cuda, on plain memory; knows which memory is locked."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.locked: dict[int, int] = {}
+        self.most = 0
+        for name in ("Stream", "Event", "stream", "cudart", "check_error"):
+            monkeypatch.setattr(torch.cuda, name, getattr(self, name))
+
+    class Stream:
+        def __init__(self, device: torch.device) -> None:
+            self.device = device
+
+        def synchronize(self) -> None:
+            """Copies are made at once."""
+
+    class Event(Stream):
+        def __init__(self) -> None:
+            self.recorded = 0
+
+        def record(self) -> None:
+            self.recorded += 1
+
+    @staticmethod
+    def stream(stream: object) -> nullcontext:
+        return nullcontext(stream)
+
+    def cudart(self) -> FakeCuda:
+        return self
+
+    def cudaHostRegister(self, pointer: int, size: int, flags: int) -> int:
+        pages = {p for start, n in self.locked.items() for p in range(start // 4096, (start + n) // 4096)}
+        assert pages.isdisjoint(range(pointer // 4096, (pointer + size) // 4096))
+        assert pointer % 4096 == size % 4096 == flags == 0
+        self.locked[pointer] = size
+        self.most = max(self.most, sum(self.locked.values()))
+        return 0
+
+    def cudaHostUnregister(self, pointer: int) -> int:
+        del self.locked[pointer]
+        return 0
+
+    @staticmethod
+    def check_error(code: int) -> None:
+        assert code == 0
+
+
+@pytest.mark.parametrize("cut", [False, True], ids=["whole", "cut"])
+def test_locked_memory_is_always_unlocked(tmp_path, monkeypatch, cut):
+    cuda, x = FakeCuda(monkeypatch), torch.randn(20_000)
+    reader, target = Reader(saved(tmp_path, x=x), CPU, CudaLane), torch.empty(20_000, dtype=torch.float16)
+    reader.read("x", (20_000,), target)
+    if cut:
+        os.truncate(tmp_path / "model.safetensors", 50_000)
+        with pytest.raises(WeightsError, match="truncated"):
+            reader.run()
+    else:
+        reader.run()
+        assert torch.equal(target, x.half())
+    assert cuda.locked == {}
+    assert 0 < cuda.most <= module.THREADS * 2 * 4096
 
 
 def test_only_files_on_their_way_to_a_gpu(tmp_path):
