@@ -62,23 +62,23 @@ class StreamOptions(BaseModel):
 class GenerationBody(RequestBody):
     """What both ways of generating share: sampling, structure, streaming. None means the model's default."""
 
-    n: Annotated[int, Field(ge=1, le=128)] | None = None
-    temperature: Annotated[float, Field(ge=0, le=1e6)] | None = None
+    n: Annotated[int, Field(ge=1, le=128)] | None = Field(None, description="answers to each prompt")
+    temperature: Annotated[float, Field(ge=0, le=1e6)] | None = Field(None, description="0: always the likeliest token")
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     max_tokens: Count | None = Field(None, description="None: to the end of the context")
-    seed: Whole | None = None
-    stop: str | list[str] | None = Field(None)
+    seed: Whole | None = Field(None, description="the same again, whatever else runs")
+    stop: str | list[str] | None = Field(None, description="texts that end the answer and are not part of it")
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    logit_bias: dict[str, float] | None = None
+    logit_bias: dict[str, float] | None = Field(None, description="token id -> added to its logit, -100 to 100")
     user: str | None = None
 
     top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(ge=1e-6, le=1e6)] | None = None
-    min_tokens: Count | None = None
+    min_tokens: Count | None = Field(None, description="no end before so many")
     stop_token_ids: list[Whole] | None = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
@@ -91,13 +91,15 @@ class GenerationBody(RequestBody):
         None, description="keep this many of the prompt's last tokens; -1: as many as fit"
     )
     add_special_tokens: bool | None = None
-    response_format: Object
-    structured_outputs: Object
+    response_format: Object = Field(None, description="text, json_object, or json_schema with a schema")
+    structured_outputs: Object = Field(None, description="one of json, regex, choice, grammar, json_object")
     guided_json: str | dict[str, Any] | None = None
     guided_regex: str | None = None
     guided_choice: list[str] | None = None
     guided_grammar: str | None = None
-    priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] | None = None
+    priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] | None = Field(
+        None, description="smaller runs first, with --scheduling-policy priority"
+    )
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
 
@@ -108,9 +110,9 @@ class ChatBody(RequestBody):
     messages: Messages
     tools: Tools = None
     add_generation_prompt: bool | None = None
-    continue_final_message: bool | None = None
-    chat_template: str | None = None
-    chat_template_kwargs: Object
+    continue_final_message: bool | None = Field(None, description="leave the last message open, for the model to go on")
+    chat_template: str | None = Field(None, description="one of the model's by name, or a Jinja text where the server allows it")
+    chat_template_kwargs: Object = Field(None, description="variables for the template, such as enable_thinking")
     documents: list[dict[str, Any]] | None = None
     reasoning_effort: str | None = None
 

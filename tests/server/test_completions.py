@@ -87,10 +87,6 @@ def test_many_prompts_keep_their_order(server):
     assert together["usage"]["completion_tokens"] == 18
 
 
-def test_no_max_tokens_is_not_sixteen(server):
-    assert post(server, max_tokens=None, ignore_eos=True, prompt=[10] * 1010).json()["usage"]["total_tokens"] == 1024
-
-
 @pytest.mark.parametrize(
     ("body", "param"),
     [

@@ -18,7 +18,7 @@ from llmkit.server.app import create_app
 from llmkit.server.in_process import InProcessEngine
 from llmkit.server.options import ServerOptions
 
-FEW = settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True, database=None)
+FEW = settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True, database=None)
 
 
 @pytest.fixture(scope="module")

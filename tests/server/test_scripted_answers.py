@@ -115,7 +115,14 @@ def test_the_operator_s_defaults(stub):
     server = stub({"override_generation_config": {"temperature": 0.25, "top_k": 9}, "return_tokens_as_token_ids": True})
     httpx.post(f"{server.v1}/completions", json={"prompt": "a", "top_k": 3})
     params = server.engine.asked[0][1]
-    assert (params.temperature, params.top_k, params.max_tokens) == (0.25, 3, None)
+    assert (params.temperature, params.top_k) == (0.25, 3)
+
+
+def test_no_max_tokens_means_to_the_end(stub):
+    server = stub()
+    for path, body in (("completions", {"prompt": "a"}), ("chat/completions", BODY)):
+        httpx.post(f"{server.v1}/{path}", json=body)
+        assert server.engine.asked[-1][1].max_tokens is None
 
 
 def test_a_role_of_the_operator_s(stub):
