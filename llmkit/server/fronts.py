@@ -132,12 +132,13 @@ class ManyFronts:
             front.child.send(stage)
 
     async def stop(self, seconds: float) -> None:
-        """Have each do `HttpFront.stop`."""
+        """Have each do `HttpFront.stop`. One that is not up has nothing to end."""
         self._stopping = True
-        for front in self._alive.values():
+        busy = [f for f in self._alive.values() if f.up.is_set()]
+        for front in busy:
             front.child.send(Stop(seconds))
         end = time.monotonic() + seconds + LAST_WORDS + 1
-        while self._alive and time.monotonic() < end:
+        while any(f.child.process.returncode is None for f in busy) and time.monotonic() < end:
             await asyncio.sleep(0.02)
 
 

@@ -32,9 +32,9 @@ class Reader(threading.Thread):
         return self.found[-1]["choices"][0]["finish_reason"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_open_requests_may_end(start, number):
-    server = start("--shutdown-timeout", "30").ready()
+@pytest.mark.parametrize(("number", "fronts"), [(signal.SIGTERM, "1"), (signal.SIGINT, "1"), (signal.SIGTERM, "2")])
+def test_open_requests_may_end(start, number, fronts):
+    server = start("--shutdown-timeout", "30", "--api-server-count", fronts).ready()
     reader = Reader(server, max_tokens=500)
     server.process.send_signal(number)
     assert reader.last == "length"
@@ -62,8 +62,9 @@ def test_a_second_signal_is_heard_at_once(start):
     assert server.wait(5) == 128 + signal.SIGTERM
 
 
-def test_a_start_can_be_stopped(start):
-    server = start()
+@pytest.mark.parametrize("fronts", ["1", "2"])
+def test_a_start_can_be_stopped(start, fronts):
+    server = start("--api-server-count", fronts)
     server.until("the engine process", lambda: psutil.Process(server.process.pid).children())
     server.remember()
     server.process.terminate()
