@@ -214,7 +214,9 @@ def test_the_parser_is_read_from_the_template(template, parser):
     assert detect_parser(template) == parser
 
 
+@pytest.mark.filterwarnings("error")
 def test_python_calls_are_literals_only():
+    assert read_call(r"f(a='\d')") == ("f", r'{"a": "\\d"}')
     assert read_call("f(a=__import__('os'))") is None
     assert read_call("f(**{'a': 1})") is None
     assert read_call("f(a=" + "[" * 5000 + "]" * 5000 + ")") is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import warnings
 from collections.abc import Collection
 
 from llmkit.server.message import Arguments, CallIds
@@ -80,7 +81,8 @@ def read_call(source: str) -> tuple[str, str] | None:
     name, _, inside = source.partition("(")
     try:
         # the name is set aside: tools may be called what Python does not allow
-        tree = ast.parse(f"f({inside}", mode="eval").body
+        with warnings.catch_warnings(action="ignore"):  # "\\d" in a string is worth a warning to Python, and none to us
+            tree = ast.parse(f"f({inside}", mode="eval").body
         if not isinstance(tree, ast.Call) or tree.args or any(k.arg is None for k in tree.keywords):
             return None
         values = {str(k.arg): _literal(k.value) for k in tree.keywords}
