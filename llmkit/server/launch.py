@@ -19,7 +19,6 @@ from llmkit.server.fronts import fronts
 from llmkit.server.keeper import EngineKeeper
 from llmkit.server.lifeline import when_stdin_closes
 from llmkit.server.records import with_run_file
-from llmkit.server.records import with_run_file
 from llmkit.server.run_file import RunFile
 from llmkit.server.serve_options import Plan
 from llmkit.server.wire import Stage, Start
@@ -34,7 +33,6 @@ def launch(plan: Plan) -> int:
                           "run it in WSL, or use LLM(...) in Python")  # fmt: skip
     log_to_stderr(plan.serving.log_level)
     allow_many_connections()
-    plan = with_run_file(plan)
     plan = with_run_file(plan)
     run_file = RunFile(plan.serving.run_file, model=plan.engine.model, served_model_names=list(plan.names),
                        stage=FINDING)  # fmt: skip
