@@ -51,12 +51,7 @@ def serve(args: argparse.Namespace) -> Server:
     serve_flags(own)
     server = start(own.parse_known_args(args.words)[1], reuse=not args.new)
     show(server)
-    if args.wait or (args.wait is None and headless()):
-        try:
-            server.wait(args.timeout)
-        finally:
-            server.refresh()
-    return server
+    return server.wait_in_sight(args.timeout) if args.wait or (args.wait is None and headless()) else server
 
 
 def status(args: argparse.Namespace) -> Servers | list[dict[str, Any]]:

@@ -26,6 +26,7 @@ from llmkit import __version__, errors
 from llmkit.config import DEFAULT_MODEL
 from llmkit.errors import EngineUnavailableError, LlmkitError, reject_unknown
 from llmkit.interrupt import interrupt_afterwards
+from llmkit.progress import in_notebook
 from llmkit.server import records
 from llmkit.server.logs import Lines, tail
 from llmkit.server.records import Record
@@ -85,7 +86,7 @@ def serve(model: str | os.PathLike[str] = DEFAULT_MODEL, port: int = 0, *, wait:
     after `timeout` seconds.
     """
     server = start(command_words(model, {"port": port} | options), reuse)
-    return server.wait(timeout) if wait else server
+    return server.wait_in_sight(timeout) if wait else server
 
 
 def command_words(model: str | os.PathLike[str], options: dict[str, Any]) -> list[str]:
@@ -297,6 +298,15 @@ class Server:
         stage = self.record.stage or "its start"
         raise ServerTimeoutError(f"the server is not ready after {timeout:g} s; it is still at {stage!r}",
                                  "server.wait(timeout=...) waits on; server.logs() says what it does; server.stop() ends it")
+
+    def wait_in_sight(self, timeout: float) -> Server:
+        """`wait`, with the card on display where there is a notebook."""
+        if in_notebook():
+            self._ipython_display_()
+        try:
+            return self.wait(timeout)
+        finally:
+            self.refresh()
 
     def changes(self, timeout: float, at_least_every: float = math.inf) -> Iterator[Record]:
         """The record now and whenever it has changed, until it is neither starting nor stopping, for at most `timeout` seconds.

@@ -65,6 +65,13 @@ def test_the_same_line_again_finds_the_living_server(kernel, server):
     assert int(kernel.text("other = %llmkit serve some-model --new --wait\nprint(other.pid)")) != server
 
 
+def test_the_function_shows_the_card_too_and_shows_it_once(kernel):
+    outputs = kernel.run("import llmkit\nllmkit.serve('by-function')")
+    assert faces(outputs)["text/plain"].startswith("● llmkit server ready: fake-model")
+    assert [o for o in outputs if o["type"] == "execute_result"] == []
+    kernel.run("%llmkit stop all")
+
+
 def test_status_logs_and_stop(kernel, server):
     table = next(o for o in kernel.run("%llmkit status") if o["type"] == "execute_result")["data"]
     assert f"{server}" in table["text/plain"]
