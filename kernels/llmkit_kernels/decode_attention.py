@@ -9,14 +9,15 @@ same order. Programs start in the order of the batch: with the longest sequences
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from llmkit_kernels.launch import next_power_of_2, pdl
+from llmkit_kernels.launch import cdiv, next_power_of_2, num_sms, pdl
 
-_LEAST_KEYS = 256  # of a part
 _GROUP = tl.constexpr(4)  # partial results that are read at once
 _LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -225,18 +226,37 @@ def _combine(
     tl.store(out + head[:, None] * D + dims[None, :], acc / total[:, None], mask=mine[:, None])
 
 
-def decode_splits(batch: int, kv_heads: int) -> int:
-    """Parts of a sequence, at most, so that long contexts fill the GPU. Fixed by the batch size alone, so that results repeat."""
+@dataclass(frozen=True)
+class Cut:
+    """How a batch's keys are cut: parts of a sequence at most, keys of a tile, tiles of a part at least, stages of the pipeline.
+
+    Fixed by the size of the batch alone, so that results repeat. Measured on an H100: few sequences want many programs with much
+    under way, many sequences want three programs on a multiprocessor.
+    """
+
+    splits: int
+    tile: int
+    least: int
+    stages: int
+
+
+def plan_decode(batch: int, kv_heads: int) -> Cut:
+    """The cut for `batch` sequences of `kv_heads` heads each."""
     heads = batch * kv_heads
-    return 1 if heads >= 512 else max(4, min(32, next_power_of_2(512 // heads)))
+    if heads >= 512:
+        return Cut(1, 64, 1, 2)
+    if heads >= 128:
+        return Cut(4, 64, 8, 3) if heads < 256 else Cut(2, 64, 8, 2)
+    return Cut(max(1, min(32, next_power_of_2(cdiv(3 * num_sms(), heads)) // 2)), 64, 1, 3)
 
 
 class DecodeScratch:
     """Where parts leave their results: fp32 [batch·splits, H, D], with its maxima and sums; `arrivals` counts parts that are
     done and resets itself."""
 
-    def __init__(self, batch: int, heads: int, kv_heads: int, dim: int, splits: int, device: torch.device) -> None:
-        self.splits = splits
+    def __init__(self, batch: int, heads: int, kv_heads: int, dim: int, device: torch.device, cut: Cut | None = None) -> None:
+        self.cut = cut or plan_decode(batch, kv_heads)
+        splits = self.cut.splits
         self.out = torch.empty(batch * splits * heads, dim, dtype=torch.float32, device=device)
         self.high, self.total = torch.empty(2, batch * splits * heads, dtype=torch.float32, device=device).unbind(0)
         self.arrivals = torch.zeros(batch * kv_heads, dtype=torch.int32, device=device)
@@ -271,13 +291,14 @@ def fused_decode(
     heads = qkv.shape[-1] // dim - 2 * kv_heads
     cos, sin = tables or (qkv, qkv)
     q_norm, k_norm, eps = norms or (qkv, qkv, 0.0)
-    tile = 128 if batch * kv_heads < 256 and dim <= 128 else 64  # few programs: each must have much under way
-    _decode[(batch * kv_heads * scratch.splits,)](
+    cut = scratch.cut
+    _decode[(batch * kv_heads * cut.splits,)](
         qkv, bias if bias is not None else qkv, q_norm, k_norm, cos, sin, k_cache, v_cache, block_tables, positions,
         positions if rows is None else rows, out, scratch.out, scratch.high, scratch.total, scratch.arrivals,
         batch, block_tables.stride(0), batch * qkv.shape[-1], scale, eps, window or 0,
-        H=heads, G=kv_heads, D=dim, BLOCK_SIZE=size, ROWS=max(16, next_power_of_2(heads // kv_heads)), SPLITS=scratch.splits,
+        H=heads, G=kv_heads, D=dim, BLOCK_SIZE=size, ROWS=max(16, next_power_of_2(heads // kv_heads)), SPLITS=cut.splits,
         IN_SPLITS=in_splits, BIAS=bias is not None, NORM=norms is not None, ROTARY=tables is not None, WINDOW=window is not None,
-        INDEXED=rows is not None, LEAST=_LEAST_KEYS // tile, KEYS=tile, num_warps=4, num_stages=2, **pdl(),
+        INDEXED=rows is not None, LEAST=cut.least, KEYS=cut.tile, num_warps=4,
+        num_stages=cut.stages, **pdl(),
     )  # fmt: skip
     return out

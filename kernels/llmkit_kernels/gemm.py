@@ -1,4 +1,4 @@
-"""Products of a few tokens with a big weight, where memory speed is the limit: M <= 256 rows of x against W [N, K].
+"""Products of a few tokens with a big weight, where memory speed is the limit: M <= 128 rows of x against W [N, K].
 
 The weight's rows take the tensor core's wide side (swap-AB: Wx, not xWᵀ), so that its instructions are full even at one token,
 and K is split over several programs where N alone does not fill the GPU. The splits' fp32 partial results are not added here
@@ -15,9 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from llmkit_kernels.launch import begin, cdiv, is_hopper, pdl
+from llmkit_kernels.launch import begin, cdiv, descriptor, is_hopper, pdl
 
-MOST_TOKENS = 256
+MOST_TOKENS = 128
 _SMALL = 16 << 20  # bytes of a weight whose read is over before the launch of its kernel is
 
 
@@ -36,9 +36,7 @@ def beats_cublas(w: SkinnyWeight, m: int) -> bool:
     """Whether our product of m tokens is faster, measured on an H100 within a whole step. Ours overlaps with the kernels around
     it and needs none to add up its parts; cuBLAS has tiles of any size, which counts where many tokens meet few rows."""
     n, k = w.weight.shape
-    if m <= 96:
-        return True
-    return m <= 128 if k >= 8192 else m <= 192 and k >= n >= 2048
+    return m <= 96 or (m <= MOST_TOKENS and (k >= 8192 or k >= n >= 2048 or 2 * n * k <= _SMALL))
 
 
 def token_tiles(m: int) -> tuple[int, int]:
@@ -46,7 +44,7 @@ def token_tiles(m: int) -> tuple[int, int]:
     for first in (16, 32, 64):
         if m <= first:
             return first, 0
-    return (64, 32) if m <= 96 else (128, 0) if m <= 128 else (128, 64) if m <= 192 else (256, 0)
+    return (64, 32) if m <= 96 else (128, 0)
 
 
 def plan(n: int, k: int, m: int) -> Tile:
@@ -55,7 +53,7 @@ def plan(n: int, k: int, m: int) -> Tile:
     if m <= 32 and k % 512 == 0 and 2 * n * k <= _SMALL:
         return Tile(64, 512, 4, 1, k // 512)
     if m > 64:
-        return _plan_many(n, k, m, min(64, block_k))
+        return _plan_many(n, k, min(64, block_k))
     if n >= 16384:
         return Tile(64, block_k, 4, 4 if m <= 16 else 6 if m <= 32 else 3)
     if k >= 8192 and m > 32:
@@ -63,24 +61,23 @@ def plan(n: int, k: int, m: int) -> Tile:
     if k >= 8192:
         return Tile(64, 256, 4, 3, 2) if m > 16 and k % 256 == 0 else Tile(64, block_k, 4, 6, 2)
     splits = 4 if 1 < m <= 16 and n <= 4096 else 2
+    if 2 * n * k <= _SMALL and m > 32:
+        return Tile(64, block_k, 4, 4, 1 if n > 2048 else max(1, min(4, k // (4 * block_k))))
     if m == 1 and n <= 4096 and k % 256 == 0:
         return Tile(64, 256, 4, 3, splits)
     stages = 4 if m <= 16 else 6 if m <= 32 else 3
     return Tile(64, block_k, 4, stages, max(1, min(splits, k // (4 * block_k))))
 
 
-def _plan_many(n: int, k: int, m: int, block_k: int) -> Tile:
-    """65 to 256 tokens."""
-    if m > 192:
-        return Tile(128, block_k, 8, 4, max(1, min(4, 132 * 128 // n)))
+def _plan_many(n: int, k: int, block_k: int) -> Tile:
+    """65 to 128 tokens."""
     if n >= 16384:
-        return Tile(64, block_k, 4, 3 if m <= 128 or n > 65536 else 6)
+        return Tile(64, block_k, 4, 3)
     if k >= 8192:
-        return Tile(128, 128, 8, 3, 4) if m <= 128 and k % 128 == 0 else Tile(64, block_k, 4, 6, 4)
-    splits = 3 if n > 4096 else 2
+        return Tile(128, 128, 8, 3, 4) if k % 128 == 0 else Tile(64, block_k, 4, 4, 4)
     if 2 * n * k <= _SMALL:
-        splits = max(1, min(8, 264 * 64 // n))
-    return Tile(64, block_k, 4, 4 if n > 4096 and m <= 128 else 6, max(1, min(splits, k // (4 * block_k))))
+        return Tile(64, block_k, 4, 6, 1 if n > 2048 else max(1, min(3, k // (4 * block_k))))
+    return Tile(64, block_k, 4, 4 if n > 4096 else 6, max(1, min(3 if n > 4096 else 2, k // (4 * block_k))))
 
 
 @triton.jit
@@ -195,9 +192,7 @@ class SkinnyWeight:
             return self.weight, False
         key = (tile.block_n, tile.block_k)
         if key not in self._descriptors:
-            from triton.tools.tensor_descriptor import TensorDescriptor
-
-            self._descriptors[key] = TensorDescriptor.from_tensor(self.weight, [tile.block_n, tile.block_k])
+            self._descriptors[key] = descriptor(self.weight, tile.block_n, tile.block_k)
         return self._descriptors[key], True
 
 
@@ -209,8 +204,8 @@ def _launch(x: Tensor, w: SkinnyWeight, out: Tensor, tile: Tile, silu: bool) -> 
     first, second = token_tiles(m)
     w_desc, tma = w.descriptor(tile)
     x_tma = tma and (m > X_TMA_FROM or tile.block_k > 256)
-    x_desc = _descriptor(x, first, tile.block_k) if x_tma else x
-    x_desc2 = _descriptor(x, second, tile.block_k) if x_tma and second else x_desc
+    x_desc = descriptor(x, first, tile.block_k) if x_tma else x
+    x_desc2 = descriptor(x, second, tile.block_k) if x_tma and second else x_desc
     k_tiles = cdiv(cdiv(k, tile.splits), tile.block_k)
     _product[(cdiv(n, tile.block_n), tile.splits)](
         x, x_desc, x_desc2, w.weight, w_desc, out, m, n, k, k_tiles, BLOCK_M=first, BLOCK_M2=second, BLOCK_N=tile.block_n,
@@ -220,14 +215,8 @@ def _launch(x: Tensor, w: SkinnyWeight, out: Tensor, tile: Tile, silu: bool) -> 
     return out
 
 
-def _descriptor(x: Tensor, rows: int, columns: int) -> object:
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    return TensorDescriptor.from_tensor(x, [rows, columns])
-
-
 def partial_products(x: Tensor, w: SkinnyWeight, out: Tensor | None = None, tile: Tile | None = None) -> Tensor:
-    """x [M, K] · W [N, K]ᵀ as fp32 partial results [S, M, N], whose sum over S is the product. M <= 256."""
+    """x [M, K] · W [N, K]ᵀ as fp32 partial results [S, M, N], whose sum over S is the product. M <= 128."""
     (m, k), n = x.shape, w.weight.shape[0]
     tile = tile or plan(n, k, m)
     out = torch.empty(tile.splits, m, n, dtype=torch.float32, device=x.device) if out is None else out
@@ -235,7 +224,7 @@ def partial_products(x: Tensor, w: SkinnyWeight, out: Tensor | None = None, tile
 
 
 def gate_up_silu(x: Tensor, w: SkinnyWeight, out: Tensor | None = None, tile: Tile | None = None) -> Tensor:
-    """silu(x·gateᵀ) · (x·upᵀ), [M, I], for W [2·I, K] whose rows are gate 0, up 0, gate 1, up 1, ...; M <= 256."""
+    """silu(x·gateᵀ) · (x·upᵀ), [M, I], for W [2·I, K] whose rows are gate 0, up 0, gate 1, up 1, ...; M <= 128."""
     (m, k), n = x.shape, w.weight.shape[0]
     out = torch.empty(m, n // 2, dtype=x.dtype, device=x.device) if out is None else out
     small = m <= 32 and k in (512, 1024) and 2 * n * k <= _SMALL
@@ -251,7 +240,7 @@ def gate_up_silu(x: Tensor, w: SkinnyWeight, out: Tensor | None = None, tile: Ti
 
 
 def logits(x: Tensor, w: SkinnyWeight, out: Tensor | None = None) -> Tensor:
-    """x [M, K] · W [vocabulary, K]ᵀ as fp32 [M, vocabulary]; M <= 256."""
+    """x [M, K] · W [vocabulary, K]ᵀ as fp32 [M, vocabulary]; M <= 128."""
     (m, k), n = x.shape, w.weight.shape[0]
     out = torch.empty(m, n, dtype=torch.float32, device=x.device) if out is None else out
     if m == 1:

@@ -8,6 +8,7 @@ import os
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -44,3 +45,10 @@ def num_sms() -> int:
 
 next_power_of_2 = triton.next_power_of_2
 cdiv = triton.cdiv
+
+
+def descriptor(x: Tensor, rows: int, columns: int) -> object:
+    """A TMA descriptor of tiles [rows, columns] of x [N, K]."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor.from_tensor(x, [rows, columns])

@@ -12,17 +12,37 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from llmkit_kernels.launch import descriptor, is_hopper
+
 TILE = 64  # keys at a time
 QUERY_TILE = 128  # prefill queries at a time
 _LOG2E = tl.constexpr(1.4426950408889634)
 
 
+@triton.jit
+def _load_tile(cache, desc, block, g, at, G: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr, KEYS: tl.constexpr,
+               TMA: tl.constexpr):  # fmt: skip
+    """[KEYS, D]: keys or values at..at+KEYS of head g. block: of each key, or of all of them with TMA."""
+    if TMA:
+        return desc.load([((block * G + g) * BLOCK_SIZE + at % BLOCK_SIZE).to(tl.int32), 0])
+    row = ((block * G + g) * BLOCK_SIZE + (at + tl.arange(0, KEYS)) % BLOCK_SIZE) * D
+    return tl.load(cache + row[:, None] + tl.arange(0, D)[None, :])
+
+
+@triton.jit
+def _block_of(table, at, context, BLOCK_SIZE: tl.constexpr, KEYS: tl.constexpr, TMA: tl.constexpr):
+    if TMA:
+        return tl.load(table + at // BLOCK_SIZE).to(tl.int64)
+    key = at + tl.arange(0, KEYS)
+    return tl.load(table + key // BLOCK_SIZE, mask=key < context, other=0).to(tl.int64)
+
+
 @triton.jit(do_not_specialize=["table_stride"])
 def _prefill(
-    q, k_cache, v_cache, out, block_tables, cu_seqlens, context_lens, tile_sequence, tile_start, q_stride,
+    q, k_cache, v_cache, k_desc, v_desc, out, block_tables, cu_seqlens, context_lens, tile_sequence, tile_start, q_stride,
     table_stride, scale, window,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
-    WINDOW: tl.constexpr,
+    WINDOW: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     head, tile = tl.program_id(0), tl.program_id(1)
     g = head // (H // G)
@@ -40,44 +60,43 @@ def _prefill(
     begin_key = 0
     if WINDOW:
         begin_key = tl.maximum(0, done + first + 1 - window) // KEYS * KEYS
-    full_end = (done + first) // KEYS * KEYS  # tiles before this lie wholly in every query's past
+    full_end = tl.minimum((done + first) // KEYS * KEYS, last)  # tiles before this lie wholly in every query's past
     high = tl.full([QUERIES], -float("inf"), tl.float32)
     total = tl.zeros([QUERIES], tl.float32)
     acc = tl.zeros([QUERIES, D], tl.float32)
     table = block_tables + s * table_stride
     for at in range(begin_key, full_end, KEYS):
-        key = at + keys
-        block = tl.load(table + key // BLOCK_SIZE).to(tl.int64)
-        row = ((block * G + g) * BLOCK_SIZE + key % BLOCK_SIZE) * D
-        k = tl.load(k_cache + row[None, :] + dims[:, None])
-        scores = tl.dot(query, k) * (scale * _LOG2E)
+        block = _block_of(table, at, context, BLOCK_SIZE, KEYS, TMA)
+        k = _load_tile(k_cache, k_desc, block, g, at, G, D, BLOCK_SIZE, KEYS, TMA)
+        scores = tl.dot(query, tl.trans(k)) * (scale * _LOG2E)
         if WINDOW:
-            scores = tl.where(key[None, :] > position[:, None] - window, scores, -float("inf"))
-        acc, total, high = _online(acc, total, high, scores, v_cache, row, dims)
+            scores = tl.where(at + keys[None, :] > position[:, None] - window, scores, -float("inf"))
+        v = _load_tile(v_cache, v_desc, block, g, at, G, D, BLOCK_SIZE, KEYS, TMA)
+        acc, total, high = _online(acc, total, high, scores, v, WINDOW)
     for at in range(full_end, last, KEYS):
         key = at + keys
-        inside = key < context
-        block = tl.load(table + key // BLOCK_SIZE, mask=inside, other=0).to(tl.int64)
-        row = ((block * G + g) * BLOCK_SIZE + key % BLOCK_SIZE) * D
-        k = tl.load(k_cache + row[None, :] + dims[:, None])
-        scores = tl.dot(query, k) * (scale * _LOG2E)
-        seen = (key[None, :] <= position[:, None]) & inside[None, :]
+        block = _block_of(table, at, context, BLOCK_SIZE, KEYS, TMA)
+        k = _load_tile(k_cache, k_desc, block, g, at, G, D, BLOCK_SIZE, KEYS, TMA)
+        scores = tl.dot(query, tl.trans(k)) * (scale * _LOG2E)
+        seen = (key[None, :] <= position[:, None]) & (key < context)[None, :]
         if WINDOW:
             seen = seen & (key[None, :] > position[:, None] - window)
         scores = tl.where(seen, scores, -float("inf"))
-        acc, total, high = _online(acc, total, high, scores, v_cache, row, dims)
+        v = _load_tile(v_cache, v_desc, block, g, at, G, D, BLOCK_SIZE, KEYS, TMA)
+        acc, total, high = _online(acc, total, high, scores, v, True)
     value = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     tl.store(out + token[:, None].to(tl.int64) * (H * D) + head * D + dims[None, :], value, mask=live[:, None])
 
 
 @triton.jit
-def _online(acc, total, high, scores, v_cache, row, dims):
-    """One tile of the online softmax."""
+def _online(acc, total, high, scores, v, MASKED: tl.constexpr):
+    """One tile of the online softmax. MASKED: a row may have seen no key yet."""
     new_high = tl.maximum(high, tl.max(scores, axis=1))
-    safe = tl.where(new_high == -float("inf"), 0.0, new_high)
+    safe = new_high
+    if MASKED:
+        safe = tl.where(new_high == -float("inf"), 0.0, new_high)
     weights = tl.exp2(scores - safe[:, None])
     fade = tl.exp2(high - safe)
-    v = tl.load(v_cache + row[:, None] + dims[None, :])
     acc = tl.dot(weights.to(v.dtype), v, acc * fade[:, None])
     return acc, total * fade + tl.sum(weights, axis=1), new_high
 
@@ -92,22 +111,32 @@ def prefill(
     tiles: tuple[Tensor, Tensor],
     scale: float,
     window: int | None,
+    out: Tensor | None = None,
+    descriptors: tuple[object, object] | None = None,
 ) -> Tensor:
     """Runs of new tokens over their sequences' cached keys, their own among them (`write_kv` comes first).
 
     q: [T, H, D], rows of any stride. cu_seqlens: int32 [S+1]. context_lens: int32 [S]. block_tables: int32 [S, blocks].
-    tiles: int32 (sequence, first query) of each tile of `QUERY_TILE` queries, from `query_tiles`. Returns [T, H, D].
-    Reference: `reference.paged_attention`.
+    tiles: int32 (sequence, first query) of each tile of `QUERY_TILE` queries, from `query_tiles`. descriptors: of the caches,
+    from `cache_descriptor`. Returns [T, H, D]. Reference: `reference.paged_attention`.
     """
     tokens, heads, dim = q.shape
     kv_heads, size = k_cache.shape[1:3]
-    out = torch.empty(tokens, heads, dim, dtype=q.dtype, device=q.device)
+    out = torch.empty(tokens, heads, dim, dtype=q.dtype, device=q.device) if out is None else out
+    k_desc, v_desc = descriptors or (k_cache, v_cache)
     _prefill[(heads, tiles[0].shape[0])](
-        q, k_cache, v_cache, out, block_tables, cu_seqlens, context_lens, tiles[0], tiles[1], q.stride(0),
+        q, k_cache, v_cache, k_desc, v_desc, out, block_tables, cu_seqlens, context_lens, tiles[0], tiles[1], q.stride(0),
         block_tables.stride(0), scale, window or 0, H=heads, G=kv_heads, D=dim, BLOCK_SIZE=size, QUERIES=QUERY_TILE, KEYS=TILE,
-        WINDOW=window is not None, num_warps=4 if dim <= 64 else 8, num_stages=3,
+        WINDOW=window is not None, TMA=descriptors is not None, num_warps=4 if dim <= 64 else 8, num_stages=3,
     )  # fmt: skip
     return out
+
+
+def cache_descriptor(cache: Tensor) -> object | None:
+    """For TMA, which brings a tile of keys in one piece where it lies within a block; None where that cannot be."""
+    if not is_hopper() or cache.shape[2] % TILE:
+        return None
+    return descriptor(cache.view(-1, cache.shape[-1]), TILE, cache.shape[-1])
 
 
 def query_tiles(query_lens: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -43,10 +43,11 @@ class FlashStep(TritonStep):
     key_ends: Tensor
     longest: tuple[int, int]
 
-    def _attend_runs(self, layer: Attention, q: Tensor, k_cache: Tensor, v_cache: Tensor) -> Tensor:
+    def _attend_runs(self, layer: Attention, q: Tensor, k_cache: Tensor, v_cache: Tensor, out: Tensor) -> None:
         assert self.runs is not None  # or `prepare` would have made a plain step
-        return self.backend.attend(
+        attended = self.backend.attend(
             q, k_cache.transpose(1, 2), v_cache.transpose(1, 2), self.runs.cu_seqlens, self.key_ends, *self.longest,
             softmax_scale=layer.head_dim**-0.5, causal=True, window_size=(layer.window - 1 if layer.window else -1, 0),
             block_table=self.block_tables[self.num_decodes :],
         )  # fmt: skip
+        out.copy_(attended)

@@ -25,6 +25,8 @@ class TritonBackend:
 
     def __init__(self, kv_cache: Tensor, rotary: RotaryEmbedding, heads: int) -> None:
         self.kv_cache, self.rotary, self.heads = kv_cache, rotary, heads
+        pairs = [[prefill_attention.cache_descriptor(c) for c in layer] for layer in kv_cache]
+        self.descriptors = None if pairs[0][0] is None else [(k, v) for k, v in pairs]
 
     def prepare(self, batch: Batch, positions: Tensor, slot_mapping: Tensor) -> TritonStep:
         device, n = self.kv_cache.device, batch.num_decodes
@@ -35,18 +37,23 @@ class TritonBackend:
             runs = PromptRuns(cu_seqlens, contexts, prefill_attention.query_tiles(batch.num_new[n:], device))
         tables = torch.from_numpy(batch.block_tables).to(device)
         decodes = self._decodes(positions[:n], tables, None) if n else None
-        return TritonStep(self.kv_cache, self.rotary, positions, slot_mapping, tables, n, decodes, runs)
+        return self.step(positions, slot_mapping, tables, n, decodes, runs)
 
     def prepare_decode(self, positions: Tensor, block_tables: Tensor, rows: Tensor) -> TritonStep:
         """One token of each of `rows` int64 [B], which find their positions and block tables by row. The host sends nothing."""
         decodes = self._decodes(positions, block_tables, rows)
-        return TritonStep(self.kv_cache, self.rotary, positions, positions, block_tables, len(rows), decodes, None)
+        return self.step(positions, positions, block_tables, len(rows), decodes, None)
+
+    def step(
+        self, positions: Tensor, slots: Tensor, tables: Tensor, num_decodes: int, decodes: Decodes | None, runs: PromptRuns | None
+    ) -> TritonStep:
+        """Of what is already on the device."""
+        return TritonStep(self.kv_cache, self.rotary, self.descriptors, positions, slots, tables, num_decodes, decodes, runs)
 
     def _decodes(self, positions: Tensor, tables: Tensor, rows: Tensor | None) -> Decodes:
         kv_heads, dim = self.kv_cache.shape[3], self.kv_cache.shape[5]
         count = len(positions if rows is None else rows)
-        splits = decode_attention.decode_splits(count, kv_heads)
-        scratch = decode_attention.DecodeScratch(count, self.heads, kv_heads, dim, splits, positions.device)
+        scratch = decode_attention.DecodeScratch(count, self.heads, kv_heads, dim, positions.device)
         return Decodes(positions, tables, rows, scratch)
 
 
@@ -75,6 +82,7 @@ class TritonStep:
 
     kv_cache: Tensor
     rotary: RotaryEmbedding
+    descriptors: list[tuple[object, object]] | None
     positions: Tensor
     slots: Tensor
     block_tables: Tensor
@@ -89,7 +97,7 @@ class TritonStep:
         if n:
             self.decode(layer, qkv[:n], out[:n])
         if self.runs:
-            out[n:] = self._prefill(layer, qkv[n:]).view(-1, heads * dim)
+            self._prefill(layer, qkv[n:], out[n:].view(-1, heads, dim))
         return out
 
     def decode(self, layer: Attention, qkv: Tensor, out: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -102,20 +110,20 @@ class TritonStep:
             layer.head_dim**-0.5, layer.window, d.scratch, out,
         )  # fmt: skip
 
-    def _prefill(self, layer: Attention, qkv: Tensor) -> Tensor:
+    def _prefill(self, layer: Attention, qkv: Tensor, out: Tensor) -> None:
         n = self.num_decodes
         k_cache, v_cache = self.kv_cache[layer.layer].unbind(0)
         heads = qkv.view(qkv.shape[0], -1, layer.head_dim)
         q = rope_cache(heads, layer.norms, self._tables(layer), self.positions[n:], self.slots[n:], k_cache, v_cache)
-        return self._attend_runs(layer, q, k_cache, v_cache)
+        self._attend_runs(layer, q, k_cache, v_cache, out)
 
-    def _attend_runs(self, layer: Attention, q: Tensor, k_cache: Tensor, v_cache: Tensor) -> Tensor:
-        """Prompt tokens q [n, H, D], rotated, over the cache, which holds their own keys too -> [n, H, D]."""
+    def _attend_runs(self, layer: Attention, q: Tensor, k_cache: Tensor, v_cache: Tensor, out: Tensor) -> None:
+        """Prompt tokens q [n, H, D], rotated, over the cache, which holds their own keys too -> out [n, H, D]."""
         runs = self.runs
         assert runs is not None
-        return prefill_attention.prefill(
+        prefill_attention.prefill(
             q, k_cache, v_cache, runs.cu_seqlens, runs.context_lens, self.block_tables[self.num_decodes :], runs.tiles,
-            layer.head_dim**-0.5, layer.window,
+            layer.head_dim**-0.5, layer.window, out, self.descriptors[layer.layer] if self.descriptors else None,
         )  # fmt: skip
 
     def _tables(self, layer: Attention) -> tuple[Tensor, Tensor] | None:

@@ -7,9 +7,10 @@ import torch
 from llmkit_kernels import sampling
 from torch import Tensor
 
-from llmkit.attention.triton import TritonBackend
+from llmkit.attention.triton import TritonBackend, TritonStep
 from llmkit.engine.batch import Batch
 from llmkit.engine.graphs import DecodeGraphs, DeviceRows
+from llmkit.engine.prompt_graphs import PromptGraphs
 from llmkit.engine.rows import Rows
 from llmkit.engine.runner import Runner, StepResult
 from llmkit.engine.sampler import SampledTokens
@@ -37,7 +38,8 @@ class _OnTheWay(SampledTokens):
 
 
 class CudaRunner(Runner):
-    """A `Runner` whose decode steps are replayed graphs. Mixed steps and unusual sampling take the eager road, on the same rows.
+    """A `Runner` whose decode steps and small prompts are replayed graphs. Other steps, and unusual sampling, take the eager
+    road, on the same rows.
 
     Which road a request's draws take depends on its own parameters alone, never on its company.
     """
@@ -57,12 +59,13 @@ class CudaRunner(Runner):
         self.state = DeviceRows(count, rows.block_table.shape[1], self.device)
         self.last_token = self.state.last_token
         self.graphs = DecodeGraphs(self._decode, self.state, count, self.enforce_eager)
+        self.prompts: PromptGraphs | None = None  # made when first needed: `attach` comes before the back end is known
 
     @torch.inference_mode()
     def run(self, batch: Batch, schedule: Schedule) -> StepResult:
         """As `Runner.run`."""
         if batch.num_decodes < len(batch.rows):
-            return super().run(batch, schedule)
+            return self._run_prompts(batch, schedule) if self._is_plain(batch) else super().run(batch, schedule)
         self._copy_blocks(schedule.copies)
         self._load_rows(schedule)
         self._send_tables()
@@ -70,6 +73,30 @@ class CudaRunner(Runner):
             self._set_positions(batch.rows, batch.context_lens)
         token_ids, logits = self.graphs.run(batch.rows)
         return StepResult(self._finish(token_ids, logits, batch.rows), [])
+
+    def _is_plain(self, batch: Batch) -> bool:
+        """Whether a step of prompts may be replayed: nobody wants more of it than tokens."""
+        if self.enforce_eager or not PromptGraphs.fits(batch):
+            return False
+        requests = [self.rows.requests[row] for row in batch.rows]
+        return all(r is not None and r.params.prompt_logprobs is None and r.pooling is None for r in requests)
+
+    def _run_prompts(self, batch: Batch, schedule: Schedule) -> StepResult:
+        self._copy_blocks(schedule.copies)
+        self._load_rows(schedule)
+        self.prompts = self.prompts or PromptGraphs(self._prompt, self.decoding, self.state)
+        token_ids, logits = self.prompts.run(batch)
+        if not batch.sampled.size:
+            return StepResult(None, [], None)
+        if len(batch.sampled) < len(batch.rows):
+            at = self._index(batch.sampled)
+            token_ids, logits = token_ids[at], logits[at]
+        return StepResult(self._finish(token_ids, logits, batch.rows[batch.sampled]), [], None)
+
+    def _prompt(self, ids: Tensor, step: TritonStep, last: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """The body of a graph: whole prompts, and one token of each of `rows`."""
+        logits = self.model.logits(self.model.forward(ids, step)[last])
+        return self._sample(logits, rows), logits
 
     def _load_rows(self, schedule: Schedule) -> None:
         super()._load_rows(schedule)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,6 +36,21 @@ class DeviceRows:
         if rows.size:
             device = self.block_table.device
             self.block_table[torch.from_numpy(rows).to(device)] = torch.from_numpy(tables).to(device)
+
+
+def capture(
+    body: Callable[[], tuple[Tensor, Tensor]], pool: Any = None
+) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
+    """Run the body once, so that kernels are compiled and workspaces there, then record it: (graph, its two results)."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        body()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        first, second = body()
+    return graph, first, second
 
 
 class DecodeGraphs:
@@ -72,17 +88,10 @@ class DecodeGraphs:
             self._loaded = padded
 
     def _capture(self, size: int) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
-        """Compile and warm up on rows that nobody owns, then record."""
+        """On rows that nobody owns."""
         keep = self.rows[:size].clone()
         self.rows[:size] = self.state.num_rows
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            self.body(self.rows[:size])
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            token_ids, logits = self.body(self.rows[:size])
-        self._pool = self._pool or graph.pool()
+        captured = capture(lambda: self.body(self.rows[:size]), self._pool)
+        self._pool = self._pool or captured[0].pool()
         self.rows[:size] = keep
-        return graph, token_ids, logits
+        return captured

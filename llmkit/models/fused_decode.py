@@ -18,8 +18,6 @@ from llmkit.layers.linear import Linear
 from llmkit.layers.norm import RMSNorm
 from llmkit.models.decoder import Decoder
 
-_GATE_UP_UP_TO = 192  # tokens; our kernel saves the activation's trip through memory
-
 
 class FusedDecode:
     """Runs decode steps of one decoder; holds no weights of its own."""
@@ -62,7 +60,7 @@ class FusedDecode:
 
     @staticmethod
     def _gate_up(x: Tensor, weight: gemm.SkinnyWeight) -> Tensor:
-        if len(x) <= _GATE_UP_UP_TO:
+        if len(x) <= gemm.MOST_TOKENS:
             return gemm.gate_up_silu(x, weight)
         return activation.silu_mul_pairs(F.linear(x, weight.weight))
 

@@ -91,6 +91,16 @@ def test_one_step_at_a_time_says_the_same(folder, prompts, expected):
         assert tokens(llm, prompts, logprobs=1) == expected
 
 
+def test_small_prompts_alone_say_what_they_say_in_company(folder, prompts, expected):
+    """Alone, prompts of up to 512 tokens are replayed graphs."""
+    with engine(folder) as llm, engine(folder, enforce_eager=True) as eager:
+        alone = [tokens(llm, [p])[0] for p in prompts]
+        assert agreement(alone, [tokens(eager, [p])[0] for p in prompts]) >= 0.75
+        assert agreement(alone, expected) >= 0.75
+        assert [a[0] for a in alone] == [e[0] for e in expected]
+        assert llm._driver._started.engine.runner.prompts is not None  # type: ignore[union-attr]
+
+
 def test_float32_in_plain_torch_nearly_agrees(folder, prompts, expected):
     with engine(folder, dtype="float32") as llm:
         assert agreement(tokens(llm, prompts), expected) >= 0.75
