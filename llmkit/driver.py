@@ -190,6 +190,7 @@ class Driver:
         if on_gpu:
             import torch
 
+            torch._C._cuda_clearCublasWorkspaces()  # they were allocated for this engine's streams
             torch.cuda.empty_cache()
 
 

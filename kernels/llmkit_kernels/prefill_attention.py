@@ -15,26 +15,31 @@ from torch import Tensor
 from llmkit_kernels.launch import descriptor, is_hopper
 
 TILE = 64  # keys at a time
-QUERY_TILE = 128  # prefill queries at a time
+QUERY_TILE = 64  # prefill queries at a time
 _LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _block_of(table, at, context, BLOCK_SIZE: tl.constexpr, KEYS: tl.constexpr, TMA: tl.constexpr):
+    """The block of each key at..at+KEYS; with TMA they share it."""
+    if TMA:
+        block = tl.load(table + at // BLOCK_SIZE).to(tl.int64)
+    else:
+        key = at + tl.arange(0, KEYS)
+        block = tl.load(table + key // BLOCK_SIZE, mask=key < context, other=0).to(tl.int64)
+    return block
 
 
 @triton.jit
 def _load_tile(cache, desc, block, g, at, G: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr, KEYS: tl.constexpr,
                TMA: tl.constexpr):  # fmt: skip
-    """[KEYS, D]: keys or values at..at+KEYS of head g. block: of each key, or of all of them with TMA."""
+    """[KEYS, D]: keys or values at..at+KEYS of head g, in `block`."""
     if TMA:
-        return desc.load([((block * G + g) * BLOCK_SIZE + at % BLOCK_SIZE).to(tl.int32), 0])
-    row = ((block * G + g) * BLOCK_SIZE + (at + tl.arange(0, KEYS)) % BLOCK_SIZE) * D
-    return tl.load(cache + row[:, None] + tl.arange(0, D)[None, :])
-
-
-@triton.jit
-def _block_of(table, at, context, BLOCK_SIZE: tl.constexpr, KEYS: tl.constexpr, TMA: tl.constexpr):
-    if TMA:
-        return tl.load(table + at // BLOCK_SIZE).to(tl.int64)
-    key = at + tl.arange(0, KEYS)
-    return tl.load(table + key // BLOCK_SIZE, mask=key < context, other=0).to(tl.int64)
+        tile = desc.load([((block * G + g) * BLOCK_SIZE + at % BLOCK_SIZE).to(tl.int32), 0])
+    else:
+        row = ((block * G + g) * BLOCK_SIZE + (at + tl.arange(0, KEYS)) % BLOCK_SIZE) * D
+        tile = tl.load(cache + row[:, None] + tl.arange(0, D)[None, :])
+    return tile
 
 
 @triton.jit(do_not_specialize=["table_stride"])
@@ -127,7 +132,7 @@ def prefill(
     _prefill[(heads, tiles[0].shape[0])](
         q, k_cache, v_cache, k_desc, v_desc, out, block_tables, cu_seqlens, context_lens, tiles[0], tiles[1], q.stride(0),
         block_tables.stride(0), scale, window or 0, H=heads, G=kv_heads, D=dim, BLOCK_SIZE=size, QUERIES=QUERY_TILE, KEYS=TILE,
-        WINDOW=window is not None, TMA=descriptors is not None, num_warps=4 if dim <= 64 else 8, num_stages=3,
+        WINDOW=window is not None, TMA=descriptors is not None, num_warps=4 if dim <= 128 else 8, num_stages=3,
     )  # fmt: skip
     return out
 

@@ -30,6 +30,7 @@ class DeviceRows:
         self.last_token, self.position, self.seed = torch.zeros(3, num_rows + 1, dtype=torch.int64, device=device).unbind(0)
         self.temperature = torch.zeros(num_rows + 1, dtype=torch.float32, device=device)
         self.block_table = torch.zeros(num_rows + 1, max_blocks, dtype=torch.int32, device=device)
+        self.side = torch.cuda.Stream() if device.type == "cuda" else None  # where graphs are captured
 
     def update_tables(self, rows: np.ndarray, tables: np.ndarray) -> None:
         """Send the block tables, int32 [n, blocks], of the rows where they have changed."""
@@ -39,16 +40,20 @@ class DeviceRows:
 
 
 def capture(
-    body: Callable[[], tuple[Tensor, Tensor]], pool: Any = None
+    body: Callable[[], tuple[Tensor, Tensor]], side: torch.cuda.Stream | None, pool: Any = None
 ) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
-    """Run the body once, so that kernels are compiled and workspaces there, then record it: (graph, its two results)."""
-    side = torch.cuda.Stream()
+    """Run the body once, so that kernels are compiled and workspaces there, then record it: (graph, its two results).
+
+    side: the one stream for all of this, because cuBLAS keeps a workspace of 32 MiB for every stream it has seen.
+    """
+    if side is None:
+        raise RuntimeError("only a GPU captures graphs")
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         body()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
+    with torch.cuda.graph(graph, pool=pool, stream=side):
         first, second = body()
     return graph, first, second
 
@@ -91,7 +96,7 @@ class DecodeGraphs:
         """On rows that nobody owns."""
         keep = self.rows[:size].clone()
         self.rows[:size] = self.state.num_rows
-        captured = capture(lambda: self.body(self.rows[:size]), self._pool)
+        captured = capture(lambda: self.body(self.rows[:size]), self.state.side, self._pool)
         self._pool = self._pool or captured[0].pool()
         self.rows[:size] = keep
         return captured

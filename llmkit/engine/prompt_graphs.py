@@ -53,7 +53,7 @@ class PromptGraphs:
         self._wide[: len(wide)].copy_(torch.from_numpy(wide))
         self._narrow[: len(narrow)].copy_(torch.from_numpy(narrow))
         if size not in self._graphs:
-            self._graphs[size] = capture(lambda: self._compute(size))
+            self._graphs[size] = capture(lambda: self._compute(size), self.state.side)
         graph, token_ids, logits = self._graphs[size]
         graph.replay()
         return token_ids[: len(batch.rows)], logits[: len(batch.rows)]

@@ -74,7 +74,7 @@ def test_a_padded_step_attends_as_the_reference(prompts):
     graphs._compute(size)
 
     torch.testing.assert_close(seen["out"][: batch.num_tokens], expected, rtol=2e-2, atol=CLOSE)
-    torch.testing.assert_close(cache[:, :, 1:], plain[:, :, 1:])  # all but the padding block
+    torch.testing.assert_close(cache[:, :, 1:], plain[:, :, 1:], rtol=2e-2, atol=CLOSE)  # all but the padding block
     assert torch.equal(seen["ids"][: batch.num_tokens].cpu(), torch.from_numpy(batch.input_ids))
     assert torch.equal(seen["last"][: len(prompts)].cpu(), torch.from_numpy(batch.cu_seqlens[1:] - 1))
     finished = [total == computed + new for total, computed, new in prompts]
