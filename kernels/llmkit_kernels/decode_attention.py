@@ -246,7 +246,7 @@ def plan_decode(batch: int, kv_heads: int) -> Cut:
     if heads >= 512:
         return Cut(1, 64, 1, 2)
     if heads >= 128:
-        return Cut(4, 64, 8, 3) if heads < 256 else Cut(2, 64, 8, 2)
+        return Cut(2, 64, 1, 3) if heads < 256 else Cut(2, 64, 8, 2)
     return Cut(max(1, min(32, next_power_of_2(cdiv(3 * num_sms(), heads)) // 2)), 64, 1, 3)
 
 
