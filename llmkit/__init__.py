@@ -25,8 +25,8 @@ _HOMES = {  # public name -> the module it lives in (PEP 562)
     "LlmkitError": "llmkit.errors",
     "download": "llmkit.hub",
     "download_report": "llmkit.hub",
-    "serve": "llmkit.server.handle",
-    "Server": "llmkit.server.handle",
+    "serve": "llmkit.server.handle.server",
+    "Server": "llmkit.server.handle.server",
     "check": "llmkit.notebook.checks",
     "record": "llmkit.notebook.checks",
     "show_source": "llmkit.notebook.source",
@@ -51,8 +51,8 @@ if TYPE_CHECKING:
     from llmkit.sampling_params import SamplingParams as SamplingParams
     from llmkit.sampling_params import StructuredOutputs as StructuredOutputs
     from llmkit.sampling_params import StructuredOutputsParams as StructuredOutputsParams
-    from llmkit.server.handle import Server as Server
-    from llmkit.server.handle import serve as serve
+    from llmkit.server.handle.server import Server as Server
+    from llmkit.server.handle.server import serve as serve
 
 
 def load_ipython_extension(shell: Any) -> None:

@@ -34,7 +34,7 @@ def test_import_loads_nothing_heavy(module):
 
 
 def test_a_servers_front_needs_no_torch():
-    modules = "llmkit.server.launch, llmkit.server.front_process, llmkit.server.app"
+    modules = "llmkit.server.processes.launch, llmkit.server.processes.front_process, llmkit.server.app"
     loaded = set(python(f"import sys, {modules}; print(*sys.modules)").split())
     assert loaded & {"torch", "transformers"} == set()
 

@@ -13,7 +13,7 @@ from llmkit.config import DEFAULT_MODEL, EngineConfig, add_engine_arguments
 from llmkit.errors import ConfigError
 
 if TYPE_CHECKING:
-    from llmkit.server.serve_options import Plan
+    from llmkit.server.processes.serve_options import Plan
 
 OTHER_NAMES = {"uvicorn_log_level": "log_level"}
 SHORT = {"-tp": "tensor_parallel_size", "-q": "quantization"}
@@ -31,7 +31,7 @@ def add_serve_arguments(parser: Parser) -> None:
     from llmkit.config import ALIASES
     from llmkit.server.options import ALIASES as SERVER_ALIASES
     from llmkit.server.options import ServerOptions
-    from llmkit.server.serve_options import ServeOptions
+    from llmkit.server.processes.serve_options import ServeOptions
 
     parser.add_argument("model", metavar="MODEL", nargs="?", default=argparse.SUPPRESS,
                         help=f"folder, .gguf file, hub id, modelscope:ID, hf:ID or pypi:PACKAGE (default: {DEFAULT_MODEL})")
@@ -58,7 +58,7 @@ SKIPPED: dict[str, tuple[tuple[Any, ...], str]] = {
 def _serve(args: argparse.Namespace) -> int:
     plan = plan_of(args)  # mistakes come to light before anything is started
     try:
-        from llmkit.server.launch import launch
+        from llmkit.server.processes.launch import launch
     except ModuleNotFoundError as e:
         raise ConfigError(f"the server needs the package {e.name}", 'pip install "llmkit[server]"') from e
     return launch(plan)
@@ -67,7 +67,7 @@ def _serve(args: argparse.Namespace) -> int:
 def plan_of(args: argparse.Namespace) -> Plan:
     """What a command line, and the file it names, ask for."""
     from llmkit.server.options import ServerOptions
-    from llmkit.server.serve_options import Plan, ServeOptions
+    from llmkit.server.processes.serve_options import Plan, ServeOptions
 
     args = _with_file(args)
     _check_model_was_named(args)

@@ -26,15 +26,15 @@ def add(commands: Any) -> None:
 
 
 def _status(args: argparse.Namespace) -> None:
-    from llmkit.server.list_view import servers, status_json
+    from llmkit.server.handle.list_view import servers, status_json
 
     found = servers(gone=args.all)
     print(json.dumps(status_json(found), ensure_ascii=False, indent=1) if args.json else found)
 
 
 def _logs(args: argparse.Namespace) -> None:
-    from llmkit.server.handle import find
-    from llmkit.server.logs import follow, tail
+    from llmkit.server.handle.logs import follow, tail
+    from llmkit.server.handle.server import find
 
     server = find(args.server, gone=True)
     if not args.follow:
@@ -45,7 +45,7 @@ def _logs(args: argparse.Namespace) -> None:
 
 
 def _stop(args: argparse.Namespace) -> None:
-    from llmkit.server.handle import stop_servers
+    from llmkit.server.handle.server import stop_servers
 
     for server in stop_servers(args.server):
         record = server.record

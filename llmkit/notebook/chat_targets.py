@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from llmkit.errors import EngineUnavailableError, LlmkitError, ServerError
-from llmkit.server.handle import Server, find
+from llmkit.server.handle.server import Server, find
 from llmkit.talk.conversation import Message
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from typing import Any
 
 from llmkit.errors import LlmkitError
 from llmkit.progress import in_notebook
-from llmkit.server.handle import START_TIMEOUT, Server
+from llmkit.server.handle.server import START_TIMEOUT, Server
 
 _REDRAW = 0.5  # seconds, while only the clock moves
 

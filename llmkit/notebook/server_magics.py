@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 from llmkit.cli.parser import Parser, UsageError
 
 if TYPE_CHECKING:
-    from llmkit.server.handle import Server
-    from llmkit.server.list_view import Servers
-    from llmkit.server.logs import Lines
+    from llmkit.server.handle.list_view import Servers
+    from llmkit.server.handle.logs import Lines
+    from llmkit.server.handle.server import Server
 
 
 WHOM = ("a variable that holds a server or an LLM, a URL, or a running server's model, port or pid (default: whom you talked to, "
@@ -45,7 +45,7 @@ def extend(commands: Mapping[str, Parser]) -> None:
 def serve(args: argparse.Namespace) -> Server:
     """Start a server, or find the living one; a card that follows its start."""
     from llmkit.notebook.live_card import headless, show
-    from llmkit.server.handle import start
+    from llmkit.server.handle.server import start
 
     own = Parser(add_help=False)
     serve_flags(own)
@@ -55,14 +55,14 @@ def serve(args: argparse.Namespace) -> Server:
 
 
 def status(args: argparse.Namespace) -> Servers | list[dict[str, Any]]:
-    from llmkit.server.list_view import servers, status_json
+    from llmkit.server.handle.list_view import servers, status_json
 
     found = servers(gone=args.all)
     return status_json(found) if args.json else found
 
 
 def logs(args: argparse.Namespace) -> Lines | None:
-    from llmkit.server.handle import find
+    from llmkit.server.handle.server import find
 
     if not args.follow:
         return find(args.server, gone=True).logs(args.lines)
@@ -74,8 +74,8 @@ def logs(args: argparse.Namespace) -> Lines | None:
 
 def stop(args: argparse.Namespace) -> Servers:
     """Stop, and show what was stopped."""
-    from llmkit.server.handle import stop_servers
-    from llmkit.server.list_view import Servers
+    from llmkit.server.handle.list_view import Servers
+    from llmkit.server.handle.server import stop_servers
 
     return Servers(stop_servers(args.server))
 

@@ -11,11 +11,13 @@ from fastapi.middleware.cors import CORSMiddleware
 from starlette.responses import HTMLResponse
 
 import llmkit
-from llmkit.server import chat_completions, completions, embeddings, messages, metrics, models, page, responses, tokenize
+from llmkit.server import page
+from llmkit.server.endpoints import chat_completions, completions, embeddings, messages, models, responses, tokenize
 from llmkit.server.engine_client import EngineClient
-from llmkit.server.errors import Body, install_error_handlers
-from llmkit.server.metered import CountRequests, Metered
-from llmkit.server.middleware import ApiKeys, BodyLimit, RequestIds
+from llmkit.server.http.errors import Body, install_error_handlers
+from llmkit.server.http.middleware import ApiKeys, BodyLimit, RequestIds
+from llmkit.server.metrics import endpoint as metrics
+from llmkit.server.metrics.metered import CountRequests, Metered
 from llmkit.server.options import ServerOptions
 
 ROUTERS: tuple[Callable[[EngineClient, ServerOptions], APIRouter], ...] = (

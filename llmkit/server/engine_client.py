@@ -1,6 +1,6 @@
 """What the HTTP endpoints know of the engine: this protocol, and nothing else.
 
-`server.link` speaks it to an engine in another process; the tests of the endpoints speak it to an `LLM` in their own.
+`server.processes.link` speaks it to an engine in another process; the tests of the endpoints speak it to an `LLM` in their own.
 """
 
 from __future__ import annotations

@@ -13,9 +13,9 @@ from typing import Any
 from llmkit.chat import find_template, render_chat
 from llmkit.errors import EngineUnavailableError, did_you_mean
 from llmkit.server.engine_client import EngineClient, EngineFacts, TokenPrompt
-from llmkit.server.errors import HttpError, refuse
+from llmkit.server.http.errors import HttpError, refuse
+from llmkit.server.http.protocol import ChatBody, RequestBody, TokenizeRequest
 from llmkit.server.options import ServerOptions
-from llmkit.server.protocol import ChatBody, RequestBody, TokenizeRequest
 from llmkit.tokenizer import Tokenizer
 
 _LONG_TEXT, _MANY_MESSAGES = 20_000, 200  # characters and messages above which a thread does it: the event loop shall not wait

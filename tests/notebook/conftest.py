@@ -98,7 +98,7 @@ def start_kernel(run_dir: Path) -> Iterator[Callable[..., Kernel]]:
     def start(fake: bool = True, **env: str) -> Kernel:
         kernels.append(Kernel({"LLMKIT_RUN_DIR": str(run_dir), **env}))
         if fake:
-            kernels[-1].run(f"import llmkit.server.handle; llmkit.server.handle.COMMAND = {FAKE!r}")
+            kernels[-1].run(f"import llmkit.server.handle.server; llmkit.server.handle.server.COMMAND = {FAKE!r}")
         return kernels[-1]
 
     yield start
@@ -109,7 +109,7 @@ def start_kernel(run_dir: Path) -> Iterator[Callable[..., Kernel]]:
 @pytest.fixture
 def fake_servers(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """`llmkit.serve` of this process starts fake servers; none is left behind."""
-    from llmkit.server import handle
+    from llmkit.server.handle import server as handle
 
     monkeypatch.setattr(handle, "COMMAND", FAKE)
     yield

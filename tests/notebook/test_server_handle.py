@@ -13,9 +13,9 @@ import pytest
 
 import llmkit
 from llmkit.errors import EngineUnavailableError, LlmkitError, ModelNotFoundError, UnknownOptionError
-from llmkit.server import handle, records
-from llmkit.server.handle import Server, ServerDiedError, ServerTimeoutError, command_words, find
-from llmkit.server.list_view import servers
+from llmkit.server.handle import server as handle
+from llmkit.server.handle.list_view import servers
+from llmkit.server.handle.server import Server, ServerDiedError, ServerTimeoutError, command_words, find, records
 
 pytestmark = pytest.mark.usefixtures("fake_servers")
 
@@ -78,7 +78,7 @@ def test_another_process_finds_it_and_does_not_end_it():
     server = llmkit.serve("m")
     code = """
 import sys
-from llmkit.server import handle
+from llmkit.server.handle import server as handle
 handle.COMMAND = tuple(sys.argv[1:])
 with handle.serve("m") as server:
     print(server.started_here, server.url, server.record.owner[0], flush=True)
@@ -146,7 +146,7 @@ def test_a_forked_child_does_not_hold_the_pipe(ends):
     """multiprocessing's fork copies every descriptor: the server would live as long as the last worker."""
     code = """
 import os, sys, time
-from llmkit.server import handle
+from llmkit.server.handle import server as handle
 handle.COMMAND = tuple(sys.argv[1:])
 server = handle.serve("m")
 if os.fork() == 0:
@@ -166,7 +166,8 @@ os.kill(os.getpid(), 9)
 
 
 def test_a_script_that_ends_takes_its_server_along(ends):
-    code = "import sys\nfrom llmkit.server import handle\nhandle.COMMAND = tuple(sys.argv[1:])\nprint(handle.serve('m').pid)"
+    code = ("import sys\nfrom llmkit.server.handle import server as handle\n"
+            "handle.COMMAND = tuple(sys.argv[1:])\nprint(handle.serve('m').pid)")  # fmt: skip
     done = script(code)
     assert ends(int(done.stdout), 0.1)
 
@@ -260,7 +261,7 @@ def test_old_folders_make_room_and_a_missing_one_is_an_error(run_dir, monkeypatc
 
 
 def test_logs_of_any_length(tmp_path):
-    from llmkit.server.logs import tail
+    from llmkit.server.handle.logs import tail
 
     path = tmp_path / "log"
     assert tail(path, 3) == ""

@@ -22,10 +22,10 @@ from llmkit.errors import EngineUnavailableError, InvalidRequestError
 from llmkit.server.app import create_app
 from llmkit.server.engine_client import TokenPrompt
 from llmkit.server.in_process import InProcessEngine
-from llmkit.server.metered import CountRequests, Metered
-from llmkit.server.metrics import Metrics, exposition
+from llmkit.server.metrics.endpoint import Metrics, exposition
+from llmkit.server.metrics.metered import CountRequests, Metered
+from llmkit.server.metrics.prometheus import Shared
 from llmkit.server.options import ServerOptions
-from llmkit.server.prometheus import Shared
 
 OPTIONS = ServerOptions(served_model_names=('ti"ny\\\n',))
 LABELS = {"model_name": 'ti"ny\\\n', "engine": "0"}

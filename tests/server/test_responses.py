@@ -12,8 +12,8 @@ import pydantic
 import pytest
 
 from llmkit.errors import EngineUnavailableError
-from llmkit.server.errors import HttpError
-from llmkit.server.response_store import ResponseStore, Stored
+from llmkit.server.endpoints.response_store import ResponseStore, Stored
+from llmkit.server.http.errors import HttpError
 
 WEATHER: dict[str, Any] = {
     "type": "function", "name": "get_weather", "description": "The weather of a city", "strict": True,

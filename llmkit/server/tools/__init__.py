@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llmkit.sampling_params import StructuredOutputs
-from llmkit.server.errors import refuse
+from llmkit.server.http.errors import refuse
 from llmkit.server.message import CallIds, Parser
 from llmkit.server.options import TOOL_PARSERS, ServerOptions
 from llmkit.server.tools.in_text import with_tools_in_text

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from llmkit.server.errors import refuse
+from llmkit.server.http.errors import refuse
 
 Tool = dict[str, Any]
 _DEFINITIONS = ("$defs", "definitions")

@@ -13,9 +13,9 @@ from llmkit import EngineConfig, SamplingParams, StructuredOutputs
 from llmkit.engine.start import start_engine
 from llmkit.errors import LlmkitError
 from llmkit.prompts import rules_of
-from llmkit.server.engine_process import EngineServer
-from llmkit.server.link import plain_params
-from llmkit.server.wire import Add, Channel, End, Gone, NewFront, Refused, Step, pair
+from llmkit.server.processes.engine_process import EngineServer
+from llmkit.server.processes.link import plain_params
+from llmkit.server.processes.wire import Add, Channel, End, Gone, NewFront, Refused, Step, pair
 
 
 class Far:

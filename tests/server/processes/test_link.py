@@ -12,8 +12,8 @@ import pytest
 from llmkit import SamplingParams, StructuredOutputs
 from llmkit.errors import EngineUnavailableError, InvalidRequestError, QueueFullError
 from llmkit.server.engine_client import TokenPrompt
-from llmkit.server.link import EngineLink, plain_params
-from llmkit.server.wire import Add, Begun, Channel, End, Ended, Gone, Ready, Refused, Stage, Start, Step, pair
+from llmkit.server.processes.link import EngineLink, plain_params
+from llmkit.server.processes.wire import Add, Begun, Channel, End, Ended, Gone, Ready, Refused, Stage, Start, Step, pair
 from llmkit.tokenizer import Tokenizer
 
 FACTS = {"model": "m", "folder": "/m", "max_model_len": 100, "max_num_seqs": 4, "vocab_size": 49152, "hidden_size": 4,

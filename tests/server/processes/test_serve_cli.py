@@ -223,9 +223,9 @@ def test_localhost_is_the_address_that_clients_try(start):
 
 
 def test_while_a_model_is_fetched_that_is_the_stage(tmp_path):
-    from llmkit.server.launch import Launcher
-    from llmkit.server.run_file import RunFile
-    from llmkit.server.wire import Stage
+    from llmkit.server.processes.launch import Launcher
+    from llmkit.server.processes.run_file import RunFile
+    from llmkit.server.processes.wire import Stage
 
     file = RunFile(str(tmp_path / "run.json"))
     with socket.create_server(("127.0.0.1", 0)) as sock:
