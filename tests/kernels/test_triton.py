@@ -125,8 +125,8 @@ def attend(q, k, v, k_cache, v_cache, tables, lens, contexts, scale, window):  #
     return reference.paged_attention(q, k, v, k_cache, v_cache, plan, scale)
 
 
-@pytest.mark.parametrize(("heads", "kv_heads", "dim", "size"), [(4, 2, 32, 16), (7, 1, 64, 64), (6, 6, 32, 32)])
-@pytest.mark.parametrize("cut", [(1, 64, 1, 2), (8, 64, 1, 3), (4, 64, 4, 2)])
+@pytest.mark.parametrize(("heads", "kv_heads", "dim", "size"), [(4, 2, 32, 16), (7, 1, 64, 64), (2, 2, 32, 32)])
+@pytest.mark.parametrize("cut", [(1, 64, 1, 2), (4, 64, 1, 3), (2, 64, 4, 2)])
 @pytest.mark.parametrize("options", ["plain", "bias", "norm", "window", "no rotary", "rows"])
 def test_fused_decode(heads: int, kv_heads: int, dim: int, size: int, cut: tuple[int, ...], options: str) -> None:
     """Some sequences have fewer tiles of keys than there may be parts."""
@@ -224,7 +224,7 @@ def test_sample_says_when_nothing_can_be_chosen() -> None:
 
 
 def test_sampled_frequencies_fit_and_repeat() -> None:
-    draws, probabilities = 400, torch.tensor([0.5, 0.3, 0.15, 0.05], device=DEVICE)
+    draws, probabilities = 200, torch.tensor([0.5, 0.3, 0.15, 0.05], device=DEVICE)
     logits = probabilities.log().repeat(draws, 1)
     rows = torch.arange(draws, device=DEVICE)
     seeds = torch.arange(draws, device=DEVICE) * 7 + 3
