@@ -29,8 +29,11 @@ def rss():
     return psutil.Process().memory_info().rss / 2**20
 
 
+@pytest.fixture
 def threads():
-    return [t for t in threading.enumerate() if t.name == "llmkit-steps"]
+    """The stepping threads that began during the test; servers of other tests have theirs."""
+    before = set(threading.enumerate())
+    return lambda: [t for t in threading.enumerate() if t.name == "llmkit-steps" and t not in before]
 
 
 def test_two_engines_live_side_by_side(dummy_folder):
@@ -66,7 +69,7 @@ def test_ten_real_ones_leave_nothing(smollm2_folder):
     assert sizes[-1] - sizes[2] < 60, sizes
 
 
-def test_a_forgotten_one_is_freed(dummy_folder):
+def test_a_forgotten_one_is_freed(dummy_folder, threads):
     llm = load(dummy_folder)
     asyncio.run(llm.agenerate("Hello", SHORT))
     assert len(threads()) == 1
@@ -89,7 +92,7 @@ def test_outputs_do_not_keep_the_engine(dummy_folder):
     assert kept[1][-1].output().finished
 
 
-def test_a_failed_load_leaves_nothing(dummy_folder):
+def test_a_failed_load_leaves_nothing(dummy_folder, threads):
     before = len(gc.get_objects())
     for _ in range(3):
         with pytest.raises(ConfigError, match="max_model_len"):

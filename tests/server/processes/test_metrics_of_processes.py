@@ -39,10 +39,13 @@ def pair(start_once):
 
 
 def test_times_agree_with_the_clients(server):
-    """TTFT, ITL and the whole within a tenth, in one of three rounds: on a busy machine the client's own clock is late."""
+    """TTFT, ITL and the whole within a tenth, in one of three rounds: on a busy machine the client's own clock is late. What a
+    client waits for the whole of has 4 ms more: connecting, and reading the first event."""
     server.complete(prompt=LONG, max_tokens=4)
     rounds = [compare(server, f"{i}") for i in range(3)]
-    assert any(all(told == pytest.approx(seen, rel=0.1, abs=1e-3) for told, seen in pairs) for pairs in rounds), rounds
+    slack = (4e-3, 2e-4, 4e-3, 4e-3)
+    agree = [all(t == pytest.approx(s, rel=0.1, abs=a) for (t, s), a in zip(pairs, slack)) for pairs in rounds]
+    assert any(agree), rounds
 
 
 def compare(server, name: str) -> list[tuple[float, float]]:
