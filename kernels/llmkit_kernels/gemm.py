@@ -8,14 +8,14 @@ tuned at run time.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from llmkit_kernels.launch import begin, cdiv, descriptor, is_hopper, pdl
+from llmkit_kernels.launch import begin, cdiv, descriptor, is_hopper, pdl, shared_memory, stages_that_fit
 
 MOST_TOKENS = 128
 _SMALL = 16 << 20  # bytes of a weight whose read is over before the launch of its kernel is
@@ -78,6 +78,15 @@ def _plan_many(n: int, k: int, block_k: int) -> Tile:
     if 2 * n * k <= _SMALL:
         return Tile(64, block_k, 4, 6, 1 if n > 2048 else max(1, min(3, k // (4 * block_k))))
     return Tile(64, block_k, 4, 4 if n > 4096 else 6, max(1, min(3 if n > 4096 else 2, k // (4 * block_k))))
+
+
+def fitting(tile: Tile, tokens: int, bytes_each: int) -> Tile:
+    """The tile itself on a Hopper, for which it was planned; where shared memory is smaller, with fewer stages or columns."""
+    column = (tile.block_n + tokens) * bytes_each
+    block_k = tile.block_k
+    while block_k > 32 and column * block_k > shared_memory():
+        block_k //= 2
+    return replace(tile, block_k=block_k, stages=stages_that_fit(tile.stages, column * block_k))
 
 
 @triton.jit
@@ -202,6 +211,7 @@ X_TMA_FROM = 16  # tokens; below, plain loads are as quick
 def _launch(x: Tensor, w: SkinnyWeight, out: Tensor, tile: Tile, silu: bool) -> Tensor:
     (m, k), n = x.shape, w.weight.shape[0]
     first, second = token_tiles(m)
+    tile = fitting(tile, first + second, x.element_size())
     w_desc, tma = w.descriptor(tile)
     x_tma = tma and (m > X_TMA_FROM or tile.block_k > 256)
     x_desc = descriptor(x, first, tile.block_k) if x_tma else x

@@ -47,6 +47,19 @@ next_power_of_2 = triton.next_power_of_2
 cdiv = triton.cdiv
 
 
+def shared_memory() -> int:
+    """Bytes of shared memory a program may have: 227 KB on Hopper (so, too, without a GPU), 163 on an A100, 99 elsewhere."""
+    if not torch.cuda.is_available():
+        return 232_448
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return getattr(properties, "shared_memory_per_block_optin", 101_376)
+
+
+def stages_that_fit(wanted: int, stage: int, fixed: int = 0) -> int:
+    """Stages of a pipeline, at most `wanted`, whose buffers of `stage` bytes each fit beside `fixed` bytes; 1 if need be."""
+    return max(1, min(wanted, (shared_memory() - fixed) // stage))
+
+
 def descriptor(x: Tensor, rows: int, columns: int) -> object:
     """A TMA descriptor of tiles [rows, columns] of x [N, K]."""
     from triton.tools.tensor_descriptor import TensorDescriptor

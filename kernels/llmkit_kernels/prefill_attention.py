@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from llmkit_kernels.launch import descriptor, is_hopper
+from llmkit_kernels.launch import descriptor, is_hopper, shared_memory
 
 TILE = 64  # keys at a time
 QUERY_TILE = 64  # prefill queries at a time
@@ -129,9 +129,11 @@ def prefill(
     kv_heads, size = k_cache.shape[1:3]
     out = torch.empty(tokens, heads, dim, dtype=q.dtype, device=q.device) if out is None else out
     k_desc, v_desc = descriptors or (k_cache, v_cache)
+    row = dim * q.element_size()
+    keys = TILE if (QUERY_TILE + 4 * TILE) * row <= shared_memory() else TILE // 2  # two tiles of keys and two of values
     _prefill[(heads, tiles[0].shape[0])](
         q, k_cache, v_cache, k_desc, v_desc, out, block_tables, cu_seqlens, context_lens, tiles[0], tiles[1], q.stride(0),
-        block_tables.stride(0), scale, window or 0, H=heads, G=kv_heads, D=dim, BLOCK_SIZE=size, QUERIES=QUERY_TILE, KEYS=TILE,
+        block_tables.stride(0), scale, window or 0, H=heads, G=kv_heads, D=dim, BLOCK_SIZE=size, QUERIES=QUERY_TILE, KEYS=keys,
         WINDOW=window is not None, TMA=descriptors is not None, num_warps=4 if dim <= 128 else 8, num_stages=3,
     )  # fmt: skip
     return out

@@ -1,0 +1,95 @@
+"""Compile every kernel for a GPU that is not here: `python compile_for.py 89` prints {kernel: bytes of shared memory} as JSON.
+Run it with TRITON_INTERPRET=0.
+
+A driver that only names the architecture stands in for the real one, and a launch ends where the binary would be loaded.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import torch
+from llmkit_kernels import activation, decode_attention, gemm, launch, norm, prefill_attention, rope_cache, sampling
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+LIMITS = {80: 166_912, 89: 101_376, 90: 232_448}
+ARCHITECTURE = int(sys.argv[1])
+CPU = torch.device("cpu")
+
+
+class Absent:
+    """What the compiler asks a driver."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", ARCHITECTURE, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int = 0) -> int:
+        return 0
+
+
+def pretend(found: dict[str, int]) -> None:
+    """Compile instead of launching, for an architecture instead of a device; what programs share goes to `found`."""
+    driver.set_active(Absent())
+    compile_and_launch = JITFunction.run
+
+    def run(self, *args, grid, warmup, **options):  # type: ignore[no-untyped-def]
+        kernel = compile_and_launch(self, *args, grid=grid, warmup=True, **options)
+        found[self.__name__] = max(found.get(self.__name__, 0), kernel.metadata.shared)
+
+    JITFunction.run = run
+    for module in (launch, gemm, prefill_attention, sampling):
+        for name, value in (("is_hopper", ARCHITECTURE >= 90), ("shared_memory", LIMITS[ARCHITECTURE])):
+            if hasattr(module, name):
+                setattr(module, name, lambda value=value: value)
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype)
+
+
+def products() -> None:
+    for n, k in ((4608, 3584), (3584, 18944), (1024, 3072)):
+        for m in (32, 128):
+            gemm.partial_products(empty(m, k), gemm.SkinnyWeight(empty(n, k)))
+    for n, k in ((37888, 3584), (6144, 1024)):
+        for m in (1, 128):
+            gemm.gate_up_silu(empty(m, k), gemm.SkinnyWeight(empty(n, k)))
+    for m in (1, 128):
+        gemm.logits(empty(m, 1024), gemm.SkinnyWeight(empty(32000, 1024)))
+
+
+def attention() -> None:
+    for dim in (128, 256):
+        cache, tables = empty(10, 2, 64, dim), empty(128, 8, dtype=torch.int32)
+        where, cos, ints = empty(128, dtype=torch.int64), empty(512, dim), empty(3, dtype=torch.int32)
+        for batch in (1, 128):
+            scratch = decode_attention.DecodeScratch(batch, 8, 2, dim, CPU)
+            qkv, out, turns = empty(2, batch, 12 * dim, dtype=torch.float32), empty(batch, 8 * dim), (cos, cos)
+            decode_attention.fused_decode(qkv, None, None, turns, cache, cache, tables, where, where, 1.0, None, scratch, out)
+        by_tma = prefill_attention.cache_descriptor(cache)
+        both = None if by_tma is None else (by_tma, by_tma)
+        q = rope_cache.rope_cache(empty(100, 12, dim), None, (cos, cos), where, where, cache, cache)
+        prefill_attention.prefill(q, cache, cache, ints, ints, tables, (ints, ints), 1.0, 70, None, both)
+
+
+def others() -> None:
+    norm.add_rms_norm(empty(4, 8, 3584, dtype=torch.float32), empty(8, 3584), empty(3584), 1e-6)
+    norm.embed_rms_norm(empty(100, 64), empty(8, dtype=torch.int64), None, empty(64), 1e-6)
+    activation.silu_mul_pairs(empty(4, 512))
+    rows, floats = empty(4, dtype=torch.int64), empty(4, dtype=torch.float32)
+    scratch = sampling.SampleScratch(4, 32000, CPU)
+    sampling.sample(empty(4, 32000, dtype=torch.float32), rows, floats, rows, rows, rows, rows, scratch, 4)
+
+
+if __name__ == "__main__":
+    shared: dict[str, int] = {}
+    pretend(shared)
+    for family in (products, attention, others):
+        family()
+    print(json.dumps(shared))
