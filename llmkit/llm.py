@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import inspect
 import itertools
+import math
 import sys
 import time
 import weakref
@@ -341,7 +342,7 @@ class LLM:
 
     def _step_until_done(self, jobs: Sequence[AnyJob], show_progress: bool) -> None:
         with generation_progress(len(jobs), show_progress) as bar:
-            self._driver.submit(jobs)
+            self._driver.submit(_longest_first(jobs))
             begin, before, first = time.monotonic(), self._engine.num_generated_tokens, 0
             while first < len(jobs):
                 self._driver.step()
@@ -360,6 +361,14 @@ class LLM:
             self._driver.abort(jobs)
             self.last_partial = RequestOutputs(j.output() for j in jobs)
             raise
+
+
+def _longest_first(jobs: Sequence[AnyJob]) -> list[AnyJob]:
+    """The order in which a list is worked off soonest: those that may write most first, so that at the end no long answer runs
+    on alone while the other rows are empty. Jobs without max_tokens may be longest; equal ones keep their order."""
+    limits = [j.requests[0].params.max_tokens for j in jobs]
+    order = sorted(range(len(jobs)), key=lambda i: -math.inf if limits[i] is None else -float(limits[i] or 0))
+    return [jobs[i] for i in order]
 
 
 def _next_unfinished(jobs: Sequence[AnyJob], start: int) -> int:

@@ -79,6 +79,17 @@ def test_each_prompt_may_have_its_own_parameters(dummy):
     assert [len(o.outputs[0].token_ids) for o in out] == [2, 5]
 
 
+def test_a_list_is_worked_off_longest_first_and_comes_back_in_order(dummy_folder):
+    """Two rows, 4 + 4 + 12 tokens: 12 steps when the long one begins at once, 16 when it comes last; prompts take a step each."""
+    sizes = [4, 4, 12]
+    with LLM(dummy_folder, load_format="dummy", max_model_len=64, max_num_seqs=2, kv_cache_memory=0.02) as llm:
+        params = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True) for n in sizes]
+        outputs = llm.generate(["one", "two", "three"], params, use_tqdm=False)
+        assert [len(o.outputs[0].token_ids) for o in outputs] == sizes
+        assert [o.prompt for o in outputs] == ["one", "two", "three"]
+        assert llm.stats()["steps"] == 12
+
+
 def test_several_answers(dummy):
     params = SamplingParams(n=3, temperature=1, max_tokens=8, ignore_eos=True, seed=3)
     out = dummy.generate("Once", params)[0]
