@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -325,3 +326,19 @@ def test_demo_without_the_notebooks_says_how_to_get_them(course, capsys, monkeyp
     code, _, err = run(capsys, "demo")
     assert code == 1
     assert 'pip install -e ".[notebook]" && llmkit demo' in err
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [(["se"], {"serve"}), (["serve", "--served-m"], {"--served-model-name"}),
+     (["serve", "--dtype", "b"], {"bfloat16"}), (["bench", "--sui"], {"--suite"})],
+)  # fmt: skip
+def test_bash_completes_commands_flags_and_values(words, expected, tmp_path, capsys):
+    assert cli.main(["completion", "bash"]) == 0
+    script = tmp_path / "llmkit.bash"
+    script.write_text(capsys.readouterr().out)
+    typed = " ".join(f"'{w}'" for w in ["llmkit", *words])
+    ask = f"source {script}; COMP_WORDS=({typed}); COMP_CWORD={len(words)}; _shtab_llmkit; echo \"${{COMPREPLY[@]}}\""
+    run = subprocess.run(["bash", "-c", ask], capture_output=True, text=True, timeout=30)
+    assert set(run.stdout.split()) == expected, run.stderr

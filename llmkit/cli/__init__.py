@@ -12,13 +12,13 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 
 from llmkit import __version__
-from llmkit.cli import batch, chat, checks, generate, models, notebooks, serve, servers
+from llmkit.cli import batch, chat, checks, completion, generate, models, notebooks, serve, servers
 from llmkit.cli.notebooks import Screen, result_line, show_path
 from llmkit.cli.parser import Parser, UsageError, subcommands
 from llmkit.errors import LlmkitError
 
 # a module a family of commands, in the order of `llmkit --help`
-FAMILIES = (notebooks, models, generate, chat, serve, batch, servers, checks)
+FAMILIES = (notebooks, models, generate, chat, serve, batch, servers, checks, completion)
 Extend = Callable[[Mapping[str, Parser]], None]
 __all__ = ["Parser", "Screen", "UsageError", "build_parser", "main", "parse", "result_line", "show_path", "subcommands"]
 
@@ -52,7 +52,7 @@ def parse(argv: Sequence[str], prog: str = "llmkit", extend: Extend | None = Non
 def build_parser(prog: str = "llmkit", extend: Extend | None = None) -> Parser:
     """The whole tree. Each leaf sets `handler(args) -> exit code`. extend: gets the commands by name, to add what only its caller
     has."""
-    parser = Parser(prog=prog, description="Download, run and look inside large language models.")
+    parser = Parser(prog=prog, description="Download, run, serve and look inside large language models.")
     parser.add_argument("--version", action="version", version=f"llmkit {__version__}")
     parser.set_defaults(handler=lambda args: parser.print_help())
     commands = parser.add_subparsers(metavar="COMMAND", title="commands")
