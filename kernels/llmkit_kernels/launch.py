@@ -55,9 +55,9 @@ def shared_memory() -> int:
     return getattr(properties, "shared_memory_per_block_optin", 101_376)
 
 
-def stages_that_fit(wanted: int, stage: int, fixed: int = 0) -> int:
-    """Stages of a pipeline, at most `wanted`, whose buffers of `stage` bytes each fit beside `fixed` bytes; 1 if need be."""
-    return max(1, min(wanted, (shared_memory() - fixed) // stage))
+def stages_that_fit(wanted: int, stage: int) -> int:
+    """Stages of a pipeline, at most `wanted`, whose buffers of `stage` bytes each fit; 1 if need be."""
+    return max(1, min(wanted, shared_memory() // stage))
 
 
 def descriptor(x: Tensor, rows: int, columns: int) -> object:

@@ -18,10 +18,10 @@ from llmkit.sampling_params import SamplingParams
 from llmkit.server.endpoints.answers import LogprobWriter, prompt_logprobs, usage, usage_of
 from llmkit.server.engine_client import EngineClient, TokenPrompt
 from llmkit.server.http.body import JsonRoute
-from llmkit.server.http.errors import JsonResponse, refuse
+from llmkit.server.http.errors import refuse
 from llmkit.server.http.params import blaming, sampling_params, structure_field, unknown_fields
 from llmkit.server.http.protocol import CompletionRequest
-from llmkit.server.http.streaming import DONE, EventStream, answer, frame, merged, together
+from llmkit.server.http.streaming import DONE, frame, merged, respond, together
 from llmkit.server.options import ServerOptions
 from llmkit.server.served import Served
 
@@ -36,11 +36,7 @@ def router(engine: EngineClient, options: ServerOptions) -> APIRouter:
     async def create_completion(request: Request, body: CompletionRequest) -> Response:
         model = served.check(body)
         headers = unknown_fields(body)
-        job = await prepare(served, model, body)
-        if body.stream:
-            return EventStream(job.stream(), options.keep_alive_interval, options.request_timeout, headers=headers)
-        whole = await answer(request, job.whole(), options.request_timeout)
-        return JsonResponse(whole, headers=headers)
+        return await respond(request, await prepare(served, model, body), body.stream, options, headers)
 
     return routes
 

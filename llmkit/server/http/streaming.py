@@ -5,14 +5,15 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import aclosing
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from llmkit.server.http.errors import HttpError, as_http_error, error_body, log
+from llmkit.server.http.errors import HttpError, JsonResponse, as_http_error, error_body, log
+from llmkit.server.options import ServerOptions
 
 T = TypeVar("T")
 DONE = b"data: [DONE]\n\n"
@@ -142,6 +143,23 @@ async def answer(request: Request, work: Awaitable[T], timeout: float | None) ->
     if done is None:
         raise HttpError(499, "the client closed the connection", code="client_closed_request")
     return done[0]
+
+
+class Answers(Protocol):
+    """What a completion endpoint has prepared: its answer in one piece, or as frames."""
+
+    def whole(self) -> Awaitable[Any]: ...
+
+    def stream(self) -> AsyncGenerator[bytes]: ...
+
+
+async def respond(
+    request: Request, job: Answers, streaming: bool | None, options: ServerOptions, headers: dict[str, str]
+) -> Response:
+    """The answer as the client wants it."""
+    if streaming:
+        return EventStream(job.stream(), options.keep_alive_interval, options.request_timeout, headers=headers)
+    return JsonResponse(await answer(request, job.whole(), options.request_timeout), headers=headers)
 
 
 async def together(works: Sequence[Coroutine[Any, Any, T]]) -> list[T]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Collection
 from enum import Enum
 
@@ -93,7 +94,7 @@ class ValueReader:
         return Status.MORE if self._stack else Status.END
 
 
-class Reader:
+class Reader(ABC):
     """Reads something that may be calls. events: what it said since they were taken.
 
     raw: what was read while nothing was told. told: whether a Call was said; until then it can still become plain text.
@@ -115,8 +116,8 @@ class Reader:
             self._raw.append(c)
         return status
 
-    def _push(self, c: str) -> Status:
-        raise NotImplementedError
+    @abstractmethod
+    def _push(self, c: str) -> Status: ...
 
     def take(self) -> list[Event]:
         """The events since the last time."""
