@@ -22,9 +22,10 @@ def kernel(start_kernel):
 
 @pytest.fixture
 def server(kernel):
-    """In the kernel: `server`, ready. Gives its pid."""
+    """In the kernel: `server`, ready, its card drawn for the last time. Gives its pid."""
     kernel.run("server = %llmkit serve some-model")
     pid = int(kernel.value("server.wait().pid"))
+    kernel.run("import threading\nfor t in threading.enumerate():\n    if t.name == 'llmkit-card':\n        t.join()")
     yield pid
     kernel.run("%llmkit stop all")
 
@@ -35,6 +36,12 @@ def faces(outputs):
     updates = [o for o in outputs if o["type"] == "update_display_data"]
     assert all(u["transient"] == first["transient"] for u in updates)
     return [first, *updates][-1]["data"]
+
+
+def result(outputs):
+    """The cell's value; a card of before may still be drawn beside it."""
+    (value,) = [o["data"] for o in outputs if o["type"] == "execute_result"]
+    return value
 
 
 # ---- what a cell shows
@@ -73,16 +80,16 @@ def test_the_function_shows_the_card_too_and_shows_it_once(kernel):
 
 
 def test_status_logs_and_stop(kernel, server):
-    table = next(o for o in kernel.run("%llmkit status") if o["type"] == "execute_result")["data"]
+    table = result(kernel.run("%llmkit status"))
     assert f"{server}" in table["text/plain"]
     assert "ends with this process" in table["text/html"]
-    log = next(o for o in kernel.run("%llmkit logs -n 3") if o["type"] == "execute_result")["data"]
+    log = result(kernel.run("%llmkit logs -n 3"))
     assert "fake server for some-model" in log["text/plain"]
     assert log["text/html"].startswith("<pre")
-    stopped = next(o for o in kernel.run("%llmkit stop") if o["type"] == "execute_result")["data"]
+    stopped = result(kernel.run("%llmkit stop"))
     assert "○ stopped" in stopped["text/plain"]
     assert not psutil.pid_exists(server)
-    assert "no server is running" in kernel.run("%llmkit status")[-1]["data"]["text/plain"]
+    assert "no server is running" in result(kernel.run("%llmkit status"))["text/plain"]
 
 
 def test_following_a_log_ends_by_the_stop_button_and_is_no_error(kernel, server):
@@ -153,13 +160,13 @@ def test_no_server_outlives_its_kernel(start_kernel, ends, how, busy):
             kernel.kill()
     assert ends(pid, 5)
     if how == "restart":
-        assert "no server is running" in kernel.run("%llmkit status")[-1]["data"]["text/plain"]
+        assert "no server is running" in result(kernel.run("%llmkit status"))["text/plain"]
     assert pid not in [r.pid for r in all_records() if r.alive]
 
 
 def test_a_kernel_takes_up_the_server_of_another(start_kernel, kernel, server):
     other = start_kernel()
-    table = other.run("%llmkit status")[-1]["data"]["text/plain"]
+    table = result(other.run("%llmkit status"))["text/plain"]
     assert f"{server}" in table
     assert f"ends with process {kernel.value('os.getpid()')}" in table
     assert other.text("found = %llmkit serve some-model\nprint(found.pid, found.started_here)") == f"{server} False"
@@ -205,7 +212,7 @@ def test_a_server_of_a_terminal_is_found_used_and_stopped_from_a_notebook(kernel
     try:
         assert terminal.stdout is not None
         assert b"from-a-terminal is served at" in terminal.stdout.readline()
-        table = kernel.run("%llmkit status")[-1]["data"]["text/plain"]
+        table = result(kernel.run("%llmkit status"))["text/plain"]
         assert "from-a-terminal" in table
         assert "on its own" in table
         said = kernel.run("%%llmkit chat --new --model from-a-terminal --max-tokens 5 --ignore-eos --out answer\nhello")
