@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -66,12 +66,14 @@ class BlockPool:
                 if block not in self._hash_of:
                     self._free.move_to_end(block, last=False)
 
-    def remember(self, block: int, chain: bytes) -> None:
-        """Make a full block findable by the hash of everything up to its end. The first block with that content stays the one."""
-        if self.caching and chain not in self._block_of:
-            self._forget(block)
-            self._block_of[chain] = block
-            self._hash_of[block] = chain
+    def remember(self, block: int, chain: bytes) -> bool:
+        """Make a full block findable by the hash of everything up to its end. False where another with that content is known."""
+        if not self.caching or chain in self._block_of:
+            return False
+        self._forget(block)
+        self._block_of[chain] = block
+        self._hash_of[block] = chain
+        return True
 
     def find(self, chains: Sequence[bytes]) -> list[int]:
         """The longest run of known blocks for a chain of hashes. Takes no references."""
@@ -86,6 +88,11 @@ class BlockPool:
     def num_held(self, blocks: Sequence[int]) -> int:
         """How many of these blocks somebody holds: sharing them takes nothing from the free list."""
         return sum(self.ref_counts[b] > 0 for b in blocks)
+
+    def forget(self, blocks: Iterable[int]) -> None:
+        """Blocks that do not hold what they were remembered for."""
+        for block in blocks:
+            self._forget(block)
 
     def forget_all(self) -> None:
         """Drop every known prefix (for measuring, and for tests)."""

@@ -26,7 +26,8 @@ _PATIENCE = 16  # or after so many steps
 @dataclass
 class Schedule:
     """One step: rows int64 [S], the `num_decodes` that compute just their last token first; num_new int32 [S], how many tokens of
-    each to compute; copies: (from, to) blocks to copy before the step (a fork's last, partly filled block)."""
+    each to compute; copies: (from, to) blocks to copy before the step (a fork's last, partly filled block). filled: blocks that
+    prompts fill in this step and others may share at once; borrowers: those that do."""
 
     rows: np.ndarray
     num_new: np.ndarray
@@ -34,6 +35,8 @@ class Schedule:
     copies: list[tuple[int, int]] = field(default_factory=list)
     preempted: list[Request] = field(default_factory=list)
     admitted: list[Request] = field(default_factory=list)
+    filled: set[int] = field(default_factory=set)
+    borrowers: list[Request] = field(default_factory=list)
 
     @property
     def num_tokens(self) -> int:
@@ -102,12 +105,14 @@ class Scheduler:
         result = Schedule(np.empty(0, np.int64), np.empty(0, np.int32))
         rows, new = self._schedule_running(result)
         if not result.preempted:  # who was just sent away must not be followed by somebody later
+            self._promise(result, rows, new)
             admitted = self._admit(result, self.token_budget - int(new.sum()))
             rows = np.concatenate((rows, [r.row for r in result.admitted])).astype(np.int64)
             new = np.concatenate((new, admitted)).astype(np.int32)
         if not rows.size:
             return None
         decoding = (new == 1) & (self.rows.num_computed[rows] + 1 == self.rows.num_tokens[rows]) & ~self.rows.pooled[rows]
+        decoding &= ~np.isin(rows, [r.row for r in result.borrowers])  # decodes attend before the step's prompts are written
         # the longest sequences first: their attention takes longest, and what is begun last should be short
         order = np.argsort(np.where(decoding, -self.rows.num_computed[rows], 1), kind="stable")
         result.rows, result.num_new, result.num_decodes = rows[order], new[order], int(decoding.sum())
@@ -164,6 +169,7 @@ class Scheduler:
             new.append(min(int(self.rows.num_tokens[request.row]) - start, self.chunk_limit, budget))
             budget -= new[-1]
             result.admitted.append(request)
+            self._promise(result, np.array([request.row]), np.array(new[-1:]))
         if new:
             self._held = 0
         return new
@@ -190,6 +196,8 @@ class Scheduler:
         self.pool.share(shared)
         fresh = self.pool.allocate(needed)
         start = len(shared) * self.pool.block_size
+        if not result.filled.isdisjoint(shared):
+            result.borrowers.append(request)
         if tail is not None:
             result.copies.append((tail, fresh[0]))
             start = len(request.prompt) - 1
@@ -220,6 +228,14 @@ class Scheduler:
         request.hashes += hash_blocks(tokens, size, request.hashes)
         return self.pool.find(request.hashes[: (len(tokens) - 1) // size]), None
 
+    def _promise(self, result: Schedule, rows: np.ndarray, new: np.ndarray) -> None:
+        """Make the blocks that these rows fill in this step known before it runs: a layer stores all keys before any prompt reads
+        them, so prompts that come together and begin alike compute the beginning once."""
+        if self.pool.caching:
+            end = self.rows.num_computed[rows] + new
+            for i in np.flatnonzero((new > 1) & (end // self.pool.block_size > self.rows.num_hashed[rows])):
+                result.filled.update(self._remember(int(rows[i]), int(end[i])))
+
     def _has_computed(self, request: Request, count: int) -> bool:
         """Whether a request's first `count` tokens are in the KV cache now; one that was preempted starts again from nothing."""
         return request.status is Status.RUNNING and int(self.rows.num_computed[request.row]) >= count
@@ -236,12 +252,12 @@ class Scheduler:
     def go_on(self, rows: np.ndarray, requests: list[Request]) -> np.ndarray | None:
         """Which of the sequences of a step under way, which all get a token, surely take another after it: positions int64 [B].
 
-        They get their blocks. None when somebody waits who could come in, or blocks are short: then the next step is planned
-        properly, after this one's tokens are known.
+        They get their blocks. None when somebody else has a turn, or blocks are short: then the next step is planned properly,
+        after this one's tokens are known.
         """
-        if self._admission_due():
-            return None
         alive = np.fromiter((not r.finished for r in requests), bool, len(requests))
+        if alive.sum() < len(self.running) or self._admission_due():
+            return None
         going = np.flatnonzero(alive & (self.rows.num_tokens[rows] + 2 <= self.rows.max_total[rows]))
         rows = rows[going]
         missing = self.rows.missing_blocks(rows, self.rows.num_tokens[rows] + 1 - self.rows.num_computed[rows])
@@ -254,8 +270,15 @@ class Scheduler:
     # ---- after a step
 
     def give_way(self, failed: Schedule) -> None:
-        """A step did not fit the device's memory: the next ones take half as many tokens at most, and slowly more again. The
-        runner will know nobody then: who runs is introduced to it once more."""
+        """A step did not fit the device's memory: the next ones take half as many tokens at most, and slowly more again. What it
+        promised is unknown again, and who relied on that waits again. The runner will know nobody then: who runs is introduced to
+        it once more."""
+        self.pool.forget(failed.filled)
+        rows, size = self.rows, self.pool.block_size
+        rows.num_hashed[failed.rows] = np.minimum(rows.num_hashed[failed.rows], rows.num_computed[failed.rows] // size)
+        for request in failed.borrowers:
+            self._leave(request)
+            self._enqueue(request)
         self.token_budget = max(1, min(self.token_budget, failed.num_tokens // 2))
         self._forgotten = {r.row: r for r in self.running}
         self._copies = failed.copies
@@ -275,22 +298,22 @@ class Scheduler:
         full = self.rows.num_computed[rows] // self.pool.block_size
         if self.pool.caching:
             for row in rows[full > self.rows.num_hashed[rows]]:
-                self._remember(int(row))
+                self._remember(int(row), int(self.rows.num_computed[row]))
         prompt = self.rows.num_prompt[rows]
         for row in rows[(before < prompt) & (self.rows.num_computed[rows] >= prompt)]:
             request = self.rows.requests[row]
             if request is not None:
                 self._release_forks(request)
 
-    def _remember(self, row: int) -> None:
-        request = self.rows.requests[row]
+    def _remember(self, row: int, end: int) -> list[int]:
+        """Make the full blocks of a row's first `end` tokens known; those that were not."""
+        request, size = self.rows.requests[row], self.pool.block_size
         if request is None:
-            return
-        computed, size = int(self.rows.num_computed[row]), self.pool.block_size
-        request.hashes += hash_blocks(self.rows.token_ids[row, :computed], size, request.hashes)
-        for i in range(int(self.rows.num_hashed[row]), computed // size):
-            self.pool.remember(request.blocks[i], request.hashes[i])
-        self.rows.num_hashed[row] = computed // size
+            return []
+        request.hashes += hash_blocks(self.rows.token_ids[row, :end], size, request.hashes)
+        full = range(int(self.rows.num_hashed[row]), end // size)
+        self.rows.num_hashed[row] = end // size
+        return [request.blocks[i] for i in full if self.pool.remember(request.blocks[i], request.hashes[i])]
 
     def _release_forks(self, request: Request) -> None:
         for fork in request.forks:

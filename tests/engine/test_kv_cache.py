@@ -68,9 +68,14 @@ class PoolMachine(RuleBasedStateMachine):
     @rule(data=st.data(), chain=st.sampled_from([bytes([i]) for i in range(12)]))
     def remember(self, data: st.DataObject, chain: bytes) -> None:
         block = data.draw(st.sampled_from(sorted({b for h in self.holders for b in h})))
-        self.pool.remember(block, chain)
+        assert self.pool.remember(block, chain) == (chain not in self.known)
         if chain not in self.known:
             self.known = {c: b for c, b in self.known.items() if b != block} | {chain: block}
+
+    @rule(blocks=st.sets(st.integers(1, NUM_BLOCKS - 1)))
+    def forget(self, blocks: set[int]) -> None:
+        self.pool.forget(blocks)
+        self.known = {c: b for c, b in self.known.items() if b not in blocks}
 
     @rule(chains=st.lists(st.sampled_from([bytes([i]) for i in range(12)]), unique=True))
     def find(self, chains: list[bytes]) -> None:

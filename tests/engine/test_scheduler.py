@@ -40,14 +40,15 @@ def next_token(prefix: bytes) -> int:
 class ShadowRunner:
     """Writes and checks prefixes instead of keys and values.
 
-    With `chains` it behaves as a GPU does: a decode step may be launched before the host knows the last one's tokens, so what
-    each row has said is remembered here, on the "device".
+    As on a GPU, those that decode read before the step's prompts are written. With `chains` a decode step may be launched before
+    the host knows the last one's tokens, so what each row has said is remembered here, on the "device". The next `failures` steps
+    of several tokens do not fit its memory, which is found out half-way.
     """
 
     def __init__(self, rows: Rows, max_tokens: int, chains: bool) -> None:
         self.max_tokens, self.chains = max_tokens, chains
         self.cache: dict[int, bytes] = {}
-        self.num_chained = 0
+        self.num_chained = self.failures = self.num_failed = 0
         self.attach(rows)
 
     def attach(self, rows: Rows) -> None:
@@ -69,18 +70,28 @@ class ShadowRunner:
             self.num_chained += 1
             self.find_slots(batch)
             batch.input_ids[:] = [p[-1] for p in prefixes]
-        self.check_layout(batch, prefixes)
-        for prefix, start, end, low in self.spans(batch, prefixes):
+        self.check_layout(batch, prefixes, {r.row for r in schedule.borrowers})
+        spans = list(enumerate(self.spans(batch, prefixes)))
+        self.write_and_read(batch, spans[: batch.num_decodes])
+        if self.failures and batch.num_tokens > 1:
+            self.failures -= 1
+            self.num_failed += 1
+            raise torch.OutOfMemoryError("out of memory")
+        self.write_and_read(batch, spans[batch.num_decodes :])
+        tokens = [next_token(prefixes[i]) for i in batch.sampled]
+        self.said |= {int(batch.rows[i]): prefixes[i] + bytes([t]) for i, t in zip(batch.sampled, tokens)}
+        return StepResult(SampledTokens(torch.tensor(tokens), None) if tokens else None, [])
+
+    def write_and_read(self, batch: Batch, spans: list[tuple[int, tuple[bytes, int, int, int]]]) -> None:
+        size = self.rows.block_size
+        for _, (prefix, start, end, low) in spans:
             for position in range(start, end):
                 self.cache[int(batch.slot_mapping[low + position - start])] = prefix[: position + 1]
-        for i, (prefix, _, end, _) in enumerate(self.spans(batch, prefixes)):
+        for i, (prefix, _, end, _) in spans:
             for position in range(end):
                 slot = int(self.rows.block_table[batch.rows[i], position // size]) * size + position % size
                 assert slot >= size, "a row reads the padding block"
                 assert self.cache.get(slot) == prefix[: position + 1], f"row reads another prefix at {position}"
-        tokens = [next_token(prefixes[i]) for i in batch.sampled]
-        self.said |= {int(batch.rows[i]): prefixes[i] + bytes([t]) for i, t in zip(batch.sampled, tokens)}
-        return StepResult(SampledTokens(torch.tensor(tokens), None) if tokens else None, [])
 
     def known(self, row: int) -> bytes:
         """What the host knows of a row."""
@@ -98,7 +109,7 @@ class ShadowRunner:
         ends, low = batch.context_lens.tolist(), batch.cu_seqlens.tolist()
         return [(p, e - n, e, lo) for p, e, n, lo in zip(prefixes, ends, batch.num_new.tolist(), low)]
 
-    def check_layout(self, batch: Batch, prefixes: list[bytes]) -> None:
+    def check_layout(self, batch: Batch, prefixes: list[bytes], borrowers: set[int]) -> None:
         assert 0 < batch.num_tokens <= self.max_tokens
         assert len(set(batch.rows.tolist())) == len(batch.rows)
         assert len(set(batch.slot_mapping.tolist())) == batch.num_tokens, "two tokens written to one slot"
@@ -106,7 +117,7 @@ class ShadowRunner:
             span = slice(low, low + end - start)
             assert batch.positions[span].tolist() == list(range(start, end))
             assert batch.input_ids[span].tolist() == list(prefix[start:end])
-            decodes = end - start == 1 and end == len(prefix)
+            decodes = end - start == 1 and end == len(prefix) and int(batch.rows[i]) not in borrowers
             assert decodes == (i < batch.num_decodes), "those that compute just their last token come first"
         assert batch.sampled.tolist() == [i for i, (p, _, e, _) in enumerate(self.spans(batch, prefixes)) if e == len(p)]
 
@@ -125,14 +136,20 @@ class House:
     chains: bool = False
     everybody: list[Request] = field(default_factory=list)
     num_copies: int = 0
+    num_borrowers: int = 0
+
+    @property
+    def runner(self) -> ShadowRunner:
+        assert isinstance(self.engine.runner, ShadowRunner)
+        return self.engine.runner
 
     def __post_init__(self) -> None:
         self.max_len = (self.num_blocks - 1) * self.block_size
         plan = MemoryPlan("cpu", 0, 0, 0, 0, 1, self.block_size, self.num_blocks, self.max_len, self.num_rows)
         shadow = lambda model, rows, num_blocks, max_tokens, *rest: ShadowRunner(rows, max_tokens, self.chains)
         with mock.patch("llmkit.engine.engine.create_runner", shadow):
-            self.engine = Engine(None, plan, torch.float32, token_budget=self.budget, chunk_limit=self.chunk_limit,  # type: ignore[arg-type]
-                                 caching=self.caching, by_priority=self.by_priority)  # fmt: skip
+            self.engine = Engine(mock.Mock(device=torch.device("cpu")), plan, torch.float32, token_budget=self.budget,
+                                 chunk_limit=self.chunk_limit, caching=self.caching, by_priority=self.by_priority)  # fmt: skip
 
     def add(self, prompt: list[int], max_tokens: int, n: int = 1, priority: int = 0) -> list[Request]:
         prompt = prompt[: self.max_len - 1]
@@ -154,6 +171,7 @@ class House:
         alive = [r for r in self.everybody if not r.finished]
         first = min(alive, key=self.key, default=None)
         first_ran = first is not None and first.status is Status.RUNNING
+        roomy = self.engine.scheduler.token_budget == self.budget  # else those that decode may fill a step without the first
         output = self.engine.step()
         assert output is not None or not alive
         assert self.chains or (output is None) == (not alive)
@@ -161,7 +179,9 @@ class House:
             chunk = self.chunk_limit or self.budget
             assert output.batch.num_new.max() <= chunk
             self.num_copies += len(output.schedule.copies)
-            if first_ran and first is not None:
+            self.num_borrowers += len(output.schedule.borrowers)
+            roomy &= self.engine.scheduler.token_budget == self.budget
+            if first_ran and roomy and first is not None:
                 assert first not in output.schedule.preempted
                 assert first.row in output.batch.rows or first.finished, "the one that came first did not go on"
         self.check_books()
@@ -240,7 +260,8 @@ def houses(draw: st.DrawFn, **fixed: object) -> House:
 prompts = st.builds(lambda start, length, tail: ([start] * length) + tail, st.integers(0, 1), st.integers(0, 12),
                     st.lists(st.integers(0, 1), min_size=1, max_size=6))  # fmt: skip
 arrivals = st.tuples(st.just("add"), prompts, st.integers(1, 12), st.integers(1, 3), st.integers(0, 2))
-actions = st.one_of(arrivals, st.tuples(st.just("step"), st.integers(1, 6)), st.tuples(st.just("abort"), st.integers(0, 40)))
+actions = st.one_of(arrivals, st.tuples(st.just("step"), st.integers(1, 6)), st.tuples(st.just("abort"), st.integers(0, 40)),
+                    st.tuples(st.just("fail"), st.integers(1, 2)))  # fmt: skip
 
 
 @settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -254,6 +275,8 @@ def test_random_arrivals_aborts_and_preemptions(house, todo):
         elif action == "step":
             for _ in range(arguments[0]):
                 house.step()
+        elif action == "fail":
+            house.runner.failures = arguments[0]
         elif house.everybody:
             request = house.everybody[arguments[0] % len(house.everybody)]
             aborted |= set() if request.finished else {id(request)}
@@ -278,11 +301,49 @@ def test_such_loads_do_preempt_share_and_copy():
     for prompt in ([0, 1, 0, 1], [0, 1, 0, 1], [1, 1, 0]):
         house.add(prompt, 6, n=2)
     house.drain()
+    assert house.num_borrowers > 0
     stats = house.engine.stats()
     assert stats["preemptions"] > 0
     assert stats["prefix_cache_hits"] > 0
     assert house.num_copies > 0
     assert any(r.metrics.num_preemptions for r in house.everybody)
+
+
+def test_prompts_that_come_together_compute_a_common_beginning_once():
+    house = House(num_blocks=60, block_size=4, num_rows=8, budget=64)
+    head = [0, 1] * 8
+    for tail in ([0], [1, 1], [0, 0, 1, 1, 0], [1]):
+        house.add(head + tail, 5)
+    output = house.engine.step()
+    assert output is not None
+    assert sorted(output.batch.num_new.tolist()) == [1, 2, 5, 17]
+    assert output.batch.num_decodes == 0, "who borrows does not read before the step's prompts are written"
+    assert house.engine.stats()["prefix_cache_hits"] == 3 * 16
+    house.drain()
+    house.check_answers(set())
+
+
+def test_a_step_that_does_not_fit_promises_nothing():
+    """The common beginning was never computed: who borrowed it starts again, behind the one who computes it."""
+    house = House(num_blocks=60, block_size=4, num_rows=8, budget=64)
+    for tail in ([0], [1, 1], [0, 0, 1, 1, 0]):
+        house.add([0, 1] * 8 + tail, 5)
+    house.runner.failures = 2
+    output = house.engine.step()
+    assert output is not None
+    assert output.batch.num_new.tolist() == [6]  # a quarter of the step's 24 tokens
+    house.drain()
+    house.check_answers(set())
+
+
+def test_what_a_failed_step_promised_is_known_when_it_is_computed():
+    house = House(num_blocks=60, block_size=4, num_rows=8, budget=64)
+    for tail in ([0], [1, 1]):
+        house.add([0, 1] * 8 + tail, 5)
+        house.runner.failures = 1
+        house.drain()
+    assert house.engine.stats()["prefix_cache_hits"] == 16
+    house.check_answers(set())
 
 
 def test_a_fork_never_copies_from_a_parent_that_starts_again():
@@ -328,6 +389,16 @@ def test_decodes_go_on_while_a_long_prompt_is_chunked():
         assert len(house.engine.rows.generated(first.row)) == before + 1
 
 
+def test_a_chain_of_decodes_leaves_no_prompt_behind():
+    """The first prompt's last chunk fills the step; its decodes must not go on alone while the second one waits in a row."""
+    house = House(num_blocks=60, block_size=4, num_rows=4, budget=8, chunk_limit=4, chains=True)
+    first, second = house.add([0] * 8, 40)[0], house.add([1] * 12, 4)[0]
+    for _ in range(6):
+        house.step()
+    assert second.finished or second.metrics.first_token_time is not None
+    assert not first.finished or len(first.generated) < 6
+
+
 def test_aborting_a_parent_lets_its_forks_go_and_a_fork_leaves_alone():
     house = House(num_blocks=40, block_size=4, num_rows=4, budget=8)
     parent, fork, other = house.add([0, 1, 0], 5, n=3)
@@ -361,4 +432,4 @@ def test_a_chained_engine_says_the_same_and_does_chain():
         house.add([start % 2, 1, start % 3], 9)
     house.drain()
     house.check_answers(set())
-    assert house.engine.runner.num_chained > 3  # type: ignore[attr-defined]
+    assert house.runner.num_chained > 3
