@@ -11,7 +11,8 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from tokenizers import Tokenizer as Rust
 
 from llmkit.errors import InvalidRequestError, TokenizerError
-from llmkit.tokenizer import _QWEN2_WORDS, Tokenizer
+from llmkit.tokenizer import Tokenizer
+from llmkit.tokenizer_pipelines import QWEN2_WORDS
 
 CORPUS = [
     "Hello world, how are you? I'm fine, thanks: 12345 times.",
@@ -45,7 +46,7 @@ def byte_level(normalizer=None, words=None, specials=CHAT) -> Rust:
 
 
 def qwen2() -> Rust:
-    split = pre_tokenizers.Split(Regex(_QWEN2_WORDS), behavior="isolated")
+    split = pre_tokenizers.Split(Regex(QWEN2_WORDS), behavior="isolated")
     plain = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     return byte_level(normalizers.NFC(), pre_tokenizers.Sequence([split, plain]))
 
