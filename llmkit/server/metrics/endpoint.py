@@ -155,6 +155,7 @@ def exposition(engine: EngineClient, options: ServerOptions) -> Iterator[str]:
     if name is not None:
         labels = {"model_name": name, "engine": "0"}
         yield from _engine_lines(stats, labels) if stats else ()
+        yield from _end_lines(engine, labels)
         own: Metrics | None = getattr(engine, "metrics", None)
         yield from own.lines(labels, engine.facts.max_model_len if engine.healthy else math.inf) if own is not None else ()
         if own is not None and own.store.shared is None:  # with several, each scrape would meet another
@@ -177,6 +178,15 @@ def _engine_lines(stats: Mapping[str, Any], labels: Mapping[str, str]) -> Iterat
     yield from head("vllm:cache_config_info", "gauge", "How the KV cache is laid out.")
     cache = {"block_size": str(stats["kv_block_size"]), "num_gpu_blocks": str(stats["kv_blocks_total"])}
     yield sample("vllm:cache_config_info", {**labels, **cache, "cache_dtype": "auto"}, 1)
+
+
+def _end_lines(engine: EngineClient, labels: Mapping[str, str]) -> Iterator[str]:
+    """Every front was told the same, so these are not summed over them."""
+    ends: Mapping[str, int] = getattr(engine, "info", {}).get("ends", {})
+    if ends:
+        yield from head("llmkit:engine_replaced_total", "counter", "Engine processes that died or hung, and have a successor.")
+    for reason, count in ends.items():
+        yield sample("llmkit:engine_replaced_total", {**labels, "reason": reason}, count)
 
 
 def _by_step(stats: Mapping[str, Any]) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import sys
@@ -13,12 +14,16 @@ from typing import Any
 import llmkit
 from llmkit.server.processes.wire import Channel, Gone, Message, pair
 
+SAY_WHERE = signal.SIGUSR1  # asks a process that hangs for a traceback of all its threads; one that knows no better dies of it
+LAST_LOOK, LONGEST_END, LONGEST_DEATH = 0.2, 1.0, 5.0  # seconds for the traceback, for an end after stdin's, for one by SIGKILL
+
 
 class Child:
     """`python -m module FD`; its stdin is a pipe that nobody else holds, so it ends with this process (see `lifeline`)."""
 
     def __init__(self, process: asyncio.subprocess.Process, channel: Channel, name: str) -> None:
         self.process, self.channel, self.name = process, channel, name
+        self._readable, self._hung_up = asyncio.Event(), False
 
     @classmethod
     async def start(cls, module: str, name: str) -> Child:
@@ -39,13 +44,13 @@ class Child:
             return
 
     async def messages(self) -> AsyncIterator[Any]:
-        """What it says, until it is gone."""
-        loop, readable = asyncio.get_running_loop(), asyncio.Event()
-        loop.add_reader(self.channel, readable.set)
+        """What it says, until it is gone or was put down."""
+        loop = asyncio.get_running_loop()
+        loop.add_reader(self.channel, self._readable.set)
         try:
-            while True:
-                await readable.wait()
-                readable.clear()
+            while not self._hung_up:
+                await self._readable.wait()
+                self._readable.clear()
                 for message in self.channel.receive():
                     yield message
         except Gone:
@@ -60,17 +65,36 @@ class Child:
             return f"{self.name} ended with exit code {code}"
         return f"{self.name} was killed by {signal.Signals(-code).name}"
 
+    async def put_down(self) -> None:
+        """End one that hangs: it says where, if it still can, and is killed. Nothing it says afterwards is heard."""
+        with contextlib.suppress(ProcessLookupError):
+            self.process.send_signal(SAY_WHERE)
+            await asyncio.sleep(LAST_LOOK)
+            self.process.kill()
+        self._hung_up = True
+        self._readable.set()
+
+    async def is_gone(self) -> bool:
+        """Whether it goes now: one that is stuck within the kernel, in a driver say, may never do so."""
+        try:
+            async with asyncio.timeout(LONGEST_DEATH):
+                await self.process.wait()
+        except TimeoutError:
+            return False
+        return True
+
     async def stop(self) -> None:
         """End it: at once, for closing its stdin does."""
         if self.process.stdin is not None:
             self.process.stdin.close()
         self.channel.close()
         try:
-            async with asyncio.timeout(1):
+            async with asyncio.timeout(LONGEST_END):
                 await self.process.wait()
         except TimeoutError:
-            self.process.kill()
-            await self.process.wait()
+            with contextlib.suppress(ProcessLookupError):
+                self.process.kill()
+            await self.is_gone()
 
 
 def _environment() -> dict[str, str]:

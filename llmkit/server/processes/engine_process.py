@@ -7,6 +7,7 @@ requests with it and nothing else.
 from __future__ import annotations
 
 import dataclasses
+import faulthandler
 import os
 import selectors
 import signal
@@ -27,9 +28,12 @@ from llmkit.engine.request import Request
 from llmkit.errors import EngineUnavailableError, InvalidRequestError, LlmkitError
 from llmkit.outputs import Logprob
 from llmkit.sampling_params import SamplingParams, StructuredOutputs
+from llmkit.server.processes.child import SAY_WHERE
 from llmkit.server.processes.lifeline import when_stdin_closes
+from llmkit.server.processes.pulse import Pulse
 from llmkit.server.processes.wire import (
     Add,
+    Alive,
     Begun,
     Channel,
     End,
@@ -114,11 +118,12 @@ class Front:
 
 
 class EngineServer:
-    """Runs a started engine for its fronts until the supervisor is gone."""
+    """Runs a started engine for its fronts until the supervisor is gone. alive_every: see Start."""
 
-    def __init__(self, started: Started, eos_ids: tuple[int, ...], control: Channel) -> None:
+    def __init__(self, started: Started, eos_ids: tuple[int, ...], control: Channel, alive_every: float = 0.0) -> None:
         self._started, self._eos_ids, self._control = started, eos_ids, control
         self._engine: Engine = started.engine
+        self.pulse = Pulse(alive_every, lambda: control.send(Alive()))
         self._engine.token_text = _no_text  # fronts have a tokenizer, and more time
         self._owners: dict[Request, tuple[Front, int]] = {}
         self._silent: set[Request] = set()  # those without a token yet
@@ -130,6 +135,7 @@ class EngineServer:
     def run(self) -> None:
         """Serve, until Gone says that the supervisor is."""
         while True:
+            self.pulse.beat()
             self._read_mail()
             self._step()
             self._report()
@@ -138,7 +144,7 @@ class EngineServer:
 
     def _read_mail(self) -> None:
         """Everything that has come; waits for something to come when there is nothing to do."""
-        for key, events in self._selector.select(0 if self._engine.has_work else None):
+        for key, events in self._selector.select(0 if self._engine.has_work else self.pulse.every or None):
             if not isinstance(key.data, Front):
                 key.data()
                 continue
@@ -259,6 +265,8 @@ class EngineServer:
     def _step(self) -> None:
         try:
             output = self._engine.step()
+        except Gone:  # the supervisor, to whom a sign of life was given within the step
+            raise
         except Exception as cause:
             self._break(cause)
             return
@@ -338,6 +346,7 @@ def main() -> None:
     when_stdin_closes(lambda: os._exit(0))
     for number in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group; the supervisor decides what they mean
         signal.signal(number, signal.SIG_IGN)
+    faulthandler.register(SAY_WHERE, all_threads=True)
     control = Channel(socket.socket(fileno=int(sys.argv[1])))
     try:
         _start_and_run(control, begin)
@@ -380,7 +389,8 @@ def _start(control: Channel, begin: float) -> EngineServer:
     from llmkit.prompts import rules_of
 
     rules = rules_of(started)
-    server = EngineServer(started, rules.eos_ids, control)
+    server = EngineServer(started, rules.eos_ids, control, order.alive_every)
+    started.engine.model.layers = server.pulse.at_each(started.engine.model.layers)
     control.send(Ready(_facts(started, order.name), dataclasses.asdict(rules), _info(started)))
     return server
 

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from llmkit import errors
 from llmkit.errors import EngineUnavailableError, LlmkitError
 from llmkit.server.processes.child import Child
+from llmkit.server.processes.pulse import Listener
 from llmkit.server.processes.wire import Channel, Failed, NewFront, Ready, Stage, Start, pair
 
 log = logging.getLogger("llmkit.server")
@@ -27,10 +28,12 @@ class FrontHandle(Protocol):
 
 
 class EngineKeeper:
-    """One engine at a time. on_stage: told of each stage of a start. `ready` is set while an engine answers."""
+    """One engine at a time. on_stage: told of each stage of a start. timeout: seconds of silence that mean a hang; 0: none do.
+    `ready` is set while an engine answers."""
 
-    def __init__(self, on_stage: Callable[[Stage], None]) -> None:
-        self._on_stage = on_stage
+    def __init__(self, on_stage: Callable[[Stage], None], timeout: float) -> None:
+        self._on_stage, self._timeout = on_stage, timeout
+        self._ends = {"died": 0, "hung": 0}  # how engines ended that had been ready
         self._fronts: list[FrontHandle] = []
         self._child: Child | None = None
         self._last: Ready | None = None
@@ -55,23 +58,47 @@ class EngineKeeper:
         """An engine process from its start to its end; why it ended."""
         child = self._child = await Child.start("llmkit.server.processes.engine_process", "the engine process")
         failure: LlmkitError | None = None
+        listener, watch = Listener(self._timeout), None
         try:
             child.send(await asyncio.shield(order))
             async for message in child.messages():
+                listener.hear()
                 if isinstance(message, Stage):
                     self._on_stage(message)
                 elif isinstance(message, Failed):
                     failure = typed_error(message)
                 elif isinstance(message, Ready):
                     self._be_ready(message)
+                    watch = asyncio.create_task(self._watch(child, listener))
+            if listener.silent:
+                return await self._how_it_hung(child)
+            self._ends["died"] += watch is not None
             how = await child.how_it_ended()
             return failure or EngineUnavailableError(how, "its last words are above" if self.was_ready else _hint(child))
         finally:
+            if watch:
+                watch.cancel()
             self.ready.clear()
             self._child = None
             await child.stop()
 
+    async def _watch(self, child: Child, listener: Listener) -> None:
+        """End an engine that hangs: first for who waits for it, for it may not be quick to die."""
+        await listener.silence()
+        self._ends["hung"] += 1
+        self.ready.clear()
+        for front in self._fronts:
+            front.lose_engine(f"it gave no sign of life for {self._timeout:g} s")
+        await child.put_down()
+
+    async def _how_it_hung(self, child: Child) -> LlmkitError:
+        stuck = "and cannot even be killed: it is stuck in a driver, or elsewhere in the system"
+        gone = "and was killed" if await child.is_gone() else stuck
+        return EngineUnavailableError(f"{child.name} gave no sign of life for {self._timeout:g} s {gone}",
+                                      "where it hung is above, if it could say so")  # fmt: skip
+
     def _be_ready(self, ready: Ready) -> None:
+        ready.info["ends"] = dict(self._ends)
         self._last, self.was_ready = ready, True
         self.ready.set()
         for front in self._fronts:

@@ -19,6 +19,7 @@ from llmkit.server.processes.front import log_to_stderr
 from llmkit.server.processes.fronts import fronts
 from llmkit.server.processes.keeper import EngineKeeper
 from llmkit.server.processes.lifeline import when_stdin_closes
+from llmkit.server.processes.pulse import every
 from llmkit.server.processes.run_file import RunFile
 from llmkit.server.processes.serve_options import Plan
 from llmkit.server.processes.wire import Stage, Start
@@ -57,7 +58,7 @@ class Launcher:
 
     def __init__(self, plan: Plan, listening: socket.socket, run_file: RunFile) -> None:
         self._plan, self._run_file, self._began = plan, run_file, time.monotonic()
-        self._keeper = EngineKeeper(self._on_stage)
+        self._keeper = EngineKeeper(self._on_stage, plan.serving.engine_timeout)
         self._fronts = fronts(plan, listening, self._keeper)
         self._stop_asked, self._hurry = asyncio.Event(), asyncio.Event()
         self._exit_code, self._seconds = 0, plan.serving.shutdown_timeout
@@ -103,7 +104,7 @@ class Launcher:
         folder, tokenizer = await aside(find_model, config)
         self._stages[FINDING] = time.monotonic() - begin
         found = dataclasses.replace(config, model=str(folder), tokenizer=str(tokenizer))
-        order.set_result(Start(dataclasses.asdict(found), config.model))
+        order.set_result(Start(dataclasses.asdict(found), config.model, every(self._plan.serving.engine_timeout)))
         if self._plan.server.chat_template is not None:
             await aside(check_template, tokenizer, self._plan)
         home.set_result(tokenizer)

@@ -28,6 +28,8 @@ class ServeOptions:
     api_server_count: int = option(1, "processes that speak HTTP", at_least=1)
     shutdown_timeout: float = option(10.0, "seconds that open requests have after SIGTERM or Ctrl-C; a second one ends at once",
                                      at_least=0)
+    engine_timeout: float = option(120.0, "seconds without a sign of life after which the engine counts as hung, is killed and "
+                                   "replaced; 0: never", at_least=0)
     keep_alive_timeout: float = option(30.0, "seconds after which an idle connection is closed", at_least=1)
     log_level: str = option("warning", "what is logged to stderr; info adds a line for each request", LOG_LEVELS)
     run_file: str | None = option(None, "JSON file that tells how the server is, for whoever started it")

@@ -1,7 +1,7 @@
 """What the processes of a server say to each other: msgpack messages, each behind its length, over pairs of Unix sockets.
 
-The end of a socket is the end of a process: the kernel closes it however a process dies, so nobody needs heartbeats, and a pair
-of sockets has no name that could be taken or left behind.
+The end of a socket is the end of a process: the kernel closes it however a process dies, and a pair of sockets has no name that
+could be taken or left behind. Only of a process that hangs it tells nothing; for that there are signs of life (`pulse`).
 """
 
 from __future__ import annotations
@@ -26,10 +26,12 @@ class Message(msgspec.Struct, array_like=True, tag=True):
 
 
 class Start(Message):
-    """To a new engine process: begin. config: fields of EngineConfig, `model` being a folder; name: what was asked for."""
+    """To a new engine process: begin. config: fields of EngineConfig, `model` being a folder; name: what was asked for;
+    alive_every: seconds between two signs of life, 0 for none."""
 
     config: dict[str, Any]
     name: str
+    alive_every: float = 0.0
 
 
 class Stage(Message):
@@ -45,6 +47,10 @@ class Ready(Message):
     facts: dict[str, Any]
     rules: dict[str, Any]
     info: dict[str, Any]
+
+
+class Alive(Message):
+    """The engine does not hang."""
 
 
 class Failed(Message):
@@ -165,8 +171,10 @@ class Refused(Message):
 
 
 AnyMessage = (
-    Start | Stage | Ready | Failed | NewFront | BeFront | NewEngine | EngineGone | FrontUp | Stop | Add | End | Step | Refused
-)
+    Start | Stage | Ready | Alive | Failed | NewFront  # supervisor and engine
+    | BeFront | NewEngine | EngineGone | FrontUp | Stop  # supervisor and front
+    | Add | End | Step | Refused  # front and engine
+)  # fmt: skip
 _encoder, _decoder = msgspec.msgpack.Encoder(), msgspec.msgpack.Decoder(AnyMessage)
 
 

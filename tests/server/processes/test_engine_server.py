@@ -15,7 +15,7 @@ from llmkit.errors import LlmkitError
 from llmkit.prompts import rules_of
 from llmkit.server.processes.engine_process import EngineServer
 from llmkit.server.processes.link import plain_params
-from llmkit.server.processes.wire import Add, Channel, End, Gone, NewFront, Refused, Step, pair
+from llmkit.server.processes.wire import Add, Alive, Channel, End, Gone, NewFront, Refused, Step, pair
 
 
 class Far:
@@ -60,7 +60,7 @@ def started(dummy_folder):
 def engine(started):
     """(the EngineServer, a function that makes one more front)."""
     mine, its = pair()
-    control, server = Channel(mine), EngineServer(started, rules_of(started).eos_ids, Channel(its))
+    control, server = Channel(mine), EngineServer(started, rules_of(started).eos_ids, Channel(its), alive_every=0.02)
 
     def run():
         with pytest.raises(Gone):
@@ -75,6 +75,7 @@ def engine(started):
         there.close()
         return Far(Channel(here))
 
+    front.control = control
     yield server, front
     control.close()
     thread.join(10)
@@ -177,3 +178,45 @@ def test_a_grammar_that_cannot_be_compiled_is_refused(engine, monkeypatch, cause
     assert isinstance(refused, Refused)
     assert refused.handles == [1, 2]
     assert str(cause) in refused.message
+
+
+def signs(front, seconds):
+    """Signs of life that the supervisor gets in this time."""
+    front.control.receive()
+    found, end = [], time.monotonic() + seconds
+    while time.monotonic() < end:
+        found += front.control.receive()
+        time.sleep(0.005)
+    assert all(isinstance(message, Alive) for message in found)
+    return len(found)
+
+
+def test_signs_of_life_come_at_rest_and_at_work_and_from_within_a_step_but_not_from_one_that_hangs(engine, started, monkeypatch):
+    server, front = engine
+    far, model, hung, go_on = front(), started.engine.model, threading.Event(), threading.Event()
+    assert 1 <= signs(front, 0.2) <= 11
+    far.ask(1, max_tokens=400)
+    assert 1 <= signs(front, 0.2) <= 11
+    far.channel.send(End([1]))
+
+    def slow(*step):
+        time.sleep(0.04)
+        return plain(*step)
+
+    def hang(*step):
+        hung.set()
+        assert go_on.wait(20)
+        return plain(*step)
+
+    plain, layers = model.layers[0], list(model.layers)
+    monkeypatch.setattr(model, "layers", server.pulse.at_each([slow] * 20))
+    far.ask(2, max_tokens=1)
+    time.sleep(0.1)
+    assert signs(front, 0.3) >= 2  # of a step that takes 0.8 s
+    far.hear(lambda f: 2 in f.ended)
+    monkeypatch.setattr(model, "layers", server.pulse.at_each([hang, *layers]))
+    far.ask(3, max_tokens=1)
+    assert hung.wait(10)
+    assert signs(front, 0.2) == 0
+    go_on.set()
+    far.hear(lambda f: 3 in f.ended)

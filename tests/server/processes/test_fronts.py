@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+
 import httpx
 import psutil
 import pytest
@@ -9,21 +11,34 @@ import pytest
 
 @pytest.fixture(scope="module")
 def pair(start_once):
-    return start_once("--api-server-count", "2")
+    return start_once("--api-server-count", "2", "--engine-timeout", "2")
 
 
 def processes(server):
-    family = server.remember()
-    named = {p: " ".join(p.cmdline()) for p in family}
+    named = {p: words_of(p) for p in server.remember()}
     fronts = [p for p, words in named.items() if "front_process" in words]
     (engine,) = [p for p, words in named.items() if "engine_process" in words]
     return fronts, engine
 
 
+def words_of(process):
+    """Its command line; none of one that has just ended."""
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
+
+
 def ask_both(server, path="/server_info"):
     """pid -> answer, by connections of their own until both fronts have been met."""
     met = {}
-    server.until("both fronts", lambda: met.update({a["pid"]: a for a in [httpx.get(server.url + path).json()]}) or len(met) == 2)
+
+    def ask():
+        answer = httpx.get(server.url + path)
+        met.update({a["pid"]: a for a in [answer.json()] if answer.status_code == 200})  # one that starts says 503
+        return len(met) == 2
+
+    server.until("both fronts", ask)
     return met
 
 
@@ -70,10 +85,11 @@ def test_the_engine_frees_what_a_killed_front_had_asked_for(pair):
     assert processes(pair)[1].pid == before
 
 
-def test_an_engine_that_is_killed_is_replaced_for_both(pair):
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "hung"])
+def test_an_engine_that_ends_is_replaced_for_both(pair, end):
     _, engine = processes(pair)
-    engine.kill()
-    psutil.wait_procs([engine], 5)
+    engine.send_signal(end)
+    psutil.wait_procs([engine], 10)
     pair.until("the news", lambda: all(not a["healthy"] or a["engine_pid"] != engine.pid for a in ask_both(pair).values()))
     pair.until("health", lambda: all(a["healthy"] for a in ask_both(pair).values()))
     assert len({a["engine_pid"] for a in ask_both(pair).values()} - {engine.pid}) == 1
