@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from llmkit.server.http.middleware import ApiKeys, BodyLimit, RequestIds
 from llmkit.server.metrics import endpoint as metrics
 from llmkit.server.metrics.metered import CountRequests, Metered
 from llmkit.server.options import ServerOptions
+from llmkit.server.shelf import AnyShelf, Shelf
 
 ROUTERS: tuple[Callable[[EngineClient, ServerOptions], APIRouter], ...] = (
     models.router,
@@ -26,7 +28,6 @@ ROUTERS: tuple[Callable[[EngineClient, ServerOptions], APIRouter], ...] = (
     completions.router,
     tokenize.router,
     embeddings.router,
-    responses.router,
     messages.router,
     metrics.router,
     page.router,
@@ -35,15 +36,15 @@ ROUTERS: tuple[Callable[[EngineClient, ServerOptions], APIRouter], ...] = (
 ERROR_FORMS: Mapping[str, Callable[[BaseException], Body]] = {"/v1/messages": messages.anthropic_error}
 
 
-def create_app(engine: EngineClient, options: ServerOptions | None = None) -> FastAPI:
-    """The server's ASGI app. Nothing is asked of `engine` yet: it may still be starting."""
+def create_app(engine: EngineClient, options: ServerOptions | None = None, shelf: AnyShelf | None = None) -> FastAPI:
+    """The server's ASGI app. Nothing is asked of `engine` yet: it may still be starting. shelf: where responses are kept."""
     options = options or ServerOptions()
     metered = engine if isinstance(engine, Metered) else Metered(engine)
     app = FastAPI(
         title="llmkit", version=llmkit.__version__, root_path=options.root_path, docs_url=None, redoc_url=None,
         openapi_url="/openapi.json" if options.enable_docs else None, separate_input_output_schemas=False,
     )  # fmt: skip
-    for router in ROUTERS:
+    for router in (*ROUTERS, partial(responses.router, shelf=shelf or Shelf())):
         routes = router(metered, options)
         app.include_router(routes)
         metered.metrics.http.know(routes.routes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 from typing import Any, Literal
@@ -14,6 +15,7 @@ import pytest
 from llmkit.errors import EngineUnavailableError
 from llmkit.server.endpoints.response_store import ResponseStore, Stored
 from llmkit.server.http.errors import HttpError
+from llmkit.server.shelf import Shelf
 
 WEATHER: dict[str, Any] = {
     "type": "function", "name": "get_weather", "description": "The weather of a city", "strict": True,
@@ -267,20 +269,35 @@ def test_cancelling_frees_the_engine(scripted, serve):
 
 
 def test_the_store_is_bounded():
-    def stored(name: str, size: int = 10) -> Stored:
-        return Stored({"id": name, "status": "completed", "x": "y" * size}, [], [])
+    async def body() -> None:
+        shelf = Shelf(most=3, most_bytes=1000)
+        store = ResponseStore(shelf)
+        ended: list[str] = []
 
-    store = ResponseStore(most=3, most_bytes=1000)
-    for name in "abcd":
-        store.put(stored(name))
-    assert [n in store for n in "abcd"] == [False, True, True, True]
-    store.get("b", "x")
-    store.put(stored("e"))
-    assert [n in store for n in "bcde"] == [True, False, True, True]
-    store.put(stored("f", 900))
-    assert (len(store), "f" in store) == (1, True)
-    with pytest.raises(HttpError, match="no response 'a'"):
-        store.get("a", "response_id")
+        def stored(name: str, size: int = 10) -> Stored:
+            return Stored({"id": name, "status": "completed", "x": "y" * size}, [], [])
+
+        async def kept(name: str) -> bool:
+            try:
+                return (await store.get(name, "x")).key == name
+            except HttpError:
+                return False
+
+        for name in "abc":
+            await store.put(stored(name))
+        await store.get("a", "x")
+        await store.put(stored("d"))
+        assert [await kept(n) for n in "bcda"] == [False, True, True, True]
+        await store.put(stored("r"), lambda: ended.append("r"))
+        await store.put(stored("f", 900))
+        assert (len(shelf), await kept("r"), await kept("f")) == (2, True, True)  # what runs is not forgotten
+        await store.delete("r", "x")
+        await store.settle(stored("r"))
+        assert (ended, await kept("r")) == (["r"], False)
+        with pytest.raises(HttpError, match="no response 'r'"):
+            await store.get("r", "response_id")
+
+    asyncio.run(body())
 
 
 # ---- what goes wrong

@@ -1,77 +1,71 @@
-"""Responses that may be asked for again, or continued: the newest ones, in memory."""
+"""Responses that may be asked for again, or continued."""
 
 from __future__ import annotations
 
-import asyncio
-from collections import OrderedDict
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 
 from llmkit.server.http.errors import HttpError
+from llmkit.server.shelf import MOST, AnyShelf, Running
+
+LOST = {"status": "failed", "error": {"code": "server_error", "message": "the process that computed this response has ended"}}
 
 
 @dataclass
 class Stored:
     """A response and what led to it. items: its input. messages: the whole conversation without its instructions, the answer
-    included once it is there. task: what computes it in the background."""
+    included once it is there."""
 
     response: dict[str, Any]
     items: list[dict[str, Any]]
     messages: list[dict[str, Any]]
-    task: asyncio.Task[None] | None = None
-    size: int = field(default=0)
+
+    @property
+    def key(self) -> str:
+        return self.response["id"]
 
     @property
     def running(self) -> bool:
         return self.response["status"] in ("queued", "in_progress")
 
+    def to_bytes(self, **changes: Any) -> bytes:
+        """changes: of the response."""
+        return msgspec.json.encode([self.response | changes, self.items, self.messages])
+
 
 class ResponseStore:
-    """Bounded by count and by bytes; what was not used for the longest time goes first. Other fronts have their own."""
+    """The newest responses of this server, whichever front made them."""
 
-    def __init__(self, most: int = 1000, most_bytes: int = 64 * 1024 * 1024) -> None:
-        self._most, self._most_bytes = most, most_bytes
-        self._all: OrderedDict[str, Stored] = OrderedDict()
-        self._bytes = 0
+    def __init__(self, shelf: AnyShelf) -> None:
+        self._shelf = shelf
 
-    def __len__(self) -> int:
-        return len(self._all)
+    async def put(self, stored: Stored, end: Callable[[], object] | None = None) -> None:
+        """Keep it. end: what ends one that still runs; `settle` follows then."""
+        running = Running(end, stored.to_bytes(**LOST)) if end else None
+        await self._shelf.keep(stored.key, stored.to_bytes(), running)
 
-    def __contains__(self, key: str) -> bool:
-        return key in self._all
+    async def settle(self, stored: Stored) -> None:
+        """Keep what has become of one that ran, unless it was deleted."""
+        await self._shelf.settle(stored.key, stored.to_bytes())
 
-    def put(self, stored: Stored) -> None:
-        """Keep it, or what has become of it."""
-        key = stored.response["id"]
-        self._forget(key)
-        stored.size = len(msgspec.json.encode([stored.response, stored.items, stored.messages]))
-        self._all[key] = stored
-        self._bytes += stored.size
-        for old in [k for k, s in self._all.items() if not s.running and k != key]:
-            if len(self._all) <= self._most and self._bytes <= self._most_bytes:
-                break
-            self._forget(old)
-
-    def get(self, key: str, param: str) -> Stored:
+    async def get(self, key: str, param: str) -> Stored:
         """Raises 404 naming `param`."""
-        stored = self._all.get(key)
-        if stored is None:
+        data = await self._shelf.fetch(key)
+        if data is None:
             raise HttpError(404, f"there is no response {key[:100]!r}",
-                            f"each front keeps the newest {self._most} that were made with store=true, in memory", param,
+                            f"the server keeps the newest {MOST} that were made with store=true, in memory", param,
                             "response_not_found")  # fmt: skip
-        self._all.move_to_end(key)
-        return stored
+        return Stored(*msgspec.json.decode(data))
 
-    def delete(self, key: str, param: str) -> None:
-        """Raises 404 naming `param`. One that still runs is cancelled."""
-        stored = self.get(key, param)
-        if stored.task is not None:
-            stored.task.cancel()
-        self._forget(key)
+    async def end(self, key: str, param: str) -> Stored:
+        """End one that runs; what has become of it. Raises 404 naming `param`."""
+        await self._shelf.end(key)
+        return await self.get(key, param)
 
-    def _forget(self, key: str) -> None:
-        old = self._all.pop(key, None)
-        if old is not None:
-            self._bytes -= old.size
+    async def delete(self, key: str, param: str) -> None:
+        """Raises 404 naming `param`. One that still runs is ended."""
+        await self.get(key, param)
+        await self._shelf.drop(key)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -34,11 +34,12 @@ from llmkit.server.http.params import unknown_fields
 from llmkit.server.http.streaming import EventStream, answer
 from llmkit.server.options import ServerOptions
 from llmkit.server.served import Served
+from llmkit.server.shelf import AnyShelf
 
 
-def router(engine: EngineClient, options: ServerOptions) -> APIRouter:
-    """The routes of /v1/responses. What is stored lives as long as they do."""
-    served, store = Served(engine, options), ResponseStore()
+def router(engine: EngineClient, options: ServerOptions, shelf: AnyShelf) -> APIRouter:
+    """The routes of /v1/responses. shelf: where they are kept."""
+    served, store = Served(engine, options), ResponseStore(shelf)
     routes = APIRouter(route_class=JsonRoute, tags=["responses"], prefix="/v1/responses")
 
     @routes.post("", summary="Answer text, or a list of items", response_model=None)
@@ -46,7 +47,7 @@ def router(engine: EngineClient, options: ServerOptions) -> APIRouter:
         headers = unknown_fields(body, (*SAMPLING, *QUIET))
         run = await Run.prepare(served, store, body)
         if body.background:
-            return JsonResponse(run.in_background(), headers=headers)
+            return JsonResponse(await run.in_background(), headers=headers)
         if body.stream:
             return EventStream(run.stream(), options.keep_alive_interval, options.request_timeout, run.writer.fail, headers)
         await answer(request, run.whole(), options.request_timeout)
@@ -59,29 +60,27 @@ def router(engine: EngineClient, options: ServerOptions) -> APIRouter:
 
     @routes.get("/{response_id}", summary="A stored response", response_model=None)
     async def retrieve(response_id: str) -> Response:
-        return JsonResponse(store.get(response_id, "response_id").response)
+        return JsonResponse((await store.get(response_id, "response_id")).response)
 
     @routes.delete("/{response_id}", summary="Forget a stored response", response_model=None)
     async def delete(response_id: str) -> Response:
-        store.delete(response_id, "response_id")
+        await store.delete(response_id, "response_id")
         return JsonResponse({"id": response_id, "object": "response", "deleted": True})
 
     @routes.post("/{response_id}/cancel", summary="End a response that runs in the background", response_model=None)
     async def cancel(response_id: str) -> Response:
-        stored = store.get(response_id, "response_id")
-        if stored.task is None:
+        stored = await store.get(response_id, "response_id")
+        if not stored.response["background"]:
             raise refuse("only a response made with background=true can be cancelled", "response_id",
                          "of any other, close the connection")  # fmt: skip
-        stored.task.cancel()
-        await asyncio.wait({stored.task})
-        return JsonResponse(stored.response)
+        return JsonResponse((await store.end(response_id, "response_id")).response)
 
     @routes.get("/{response_id}/input_items", summary="What a stored response read", response_model=None)
     async def list_items(
         response_id: str, limit: Annotated[int, Query(ge=1, le=100)] = 20, order: Literal["asc", "desc"] = "desc",
         after: str | None = None,
     ) -> Response:  # fmt: skip
-        return JsonResponse(_page(store.get(response_id, "response_id").items, limit, order, after))
+        return JsonResponse(_page((await store.get(response_id, "response_id")).items, limit, order, after))
 
     return routes
 
@@ -108,7 +107,7 @@ class Run:
         fields, items = chat_fields(body), input_items(body.input)
         talk = Conversation()
         if body.previous_response_id is not None:
-            before = _ended(store.get(body.previous_response_id, "previous_response_id"))
+            before = _ended(await store.get(body.previous_response_id, "previous_response_id"))
             talk = Conversation([dict(m) for m in before.messages], ["previous_response_id"] * len(before.messages))
         add_items(talk, items)
         if not talk.messages:
@@ -119,7 +118,11 @@ class Run:
     # ---- three ways to get it
 
     async def whole(self) -> None:
-        """Fill the response."""
+        """Fill the response, and keep it."""
+        await self._fill()
+        await self._keep()
+
+    async def _fill(self) -> None:
         events, output = await whole(self.job)
         done, job = output.outputs[0], self.job
         logprobs = job.writer.chat(done.token_ids, done.logprobs or [])["content"] if job.body.logprobs else []
@@ -135,39 +138,38 @@ class Run:
                 yield data
             opening = b""
             if chunk.finish_reason and chunk.output is not None:
-                yield self._finish(chunk.output())
+                last = self._finish(chunk.output())
+                await self._keep()
+                yield last
 
-    def in_background(self) -> dict[str, Any]:
+    async def in_background(self) -> dict[str, Any]:
         """Begin, and say so."""
-        self.stored.task = asyncio.create_task(self._run_in_background())
-        self._keep()
-        return self.response
+        begun = self.response | {"output": []}
+        task = asyncio.create_task(self._run_in_background())
+        await self._keep(task.cancel)
+        return begun
 
     async def _run_in_background(self) -> None:
         try:
             async with asyncio.timeout(self.served.options.request_timeout):
-                await self.whole()
+                await self._fill()
         except asyncio.CancelledError:
             self.writer.cancel()
         except Exception as error:
             if as_http_error(error).status == 500:
                 log.error("background response %s failed", self.response["id"], exc_info=error)
             self.writer.fail(error)
+        if self.store is not None:
+            await self.store.settle(self.stored)
 
     def _finish(self, output: RequestOutput) -> bytes:
         data = self.writer.finish(output, self._usage(output))
         add_items(self.talk, self.response["output"])  # for the response that continues this one
-        if self.stored.task is None or self._is_kept():
-            self._keep()
         return data
 
-    def _keep(self) -> None:
+    async def _keep(self, end: Callable[[], object] | None = None) -> None:
         if self.store is not None:
-            self.store.put(self.stored)
-
-    def _is_kept(self) -> bool:
-        """Whether nobody has deleted it while it ran."""
-        return self.store is not None and self.response["id"] in self.store
+            await self.store.put(self.stored, end)
 
     def _usage(self, output: RequestOutput) -> dict[str, Any]:
         thoughts = "".join(p["text"] for i in self.response["output"] if i["type"] == "reasoning" for p in i["content"])

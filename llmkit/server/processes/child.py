@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import llmkit
+from llmkit.server.processes.post import post, stop_posting
 from llmkit.server.processes.wire import Channel, Gone, Message, pair
 
 SAY_WHERE = signal.SIGUSR1  # asks a process that hangs for a traceback of all its threads; one that knows no better dies of it
@@ -38,10 +39,7 @@ class Child:
 
     def send(self, message: Message, files: tuple[int, ...] = ()) -> None:
         """Tell it something; nothing happens when it is gone, for that is noticed elsewhere."""
-        try:
-            self.channel.send(message, files)
-        except Gone:
-            return
+        post(self.channel, message, files)
 
     async def messages(self) -> AsyncIterator[Any]:
         """What it says, until it is gone or was put down."""
@@ -87,6 +85,7 @@ class Child:
         """End it: at once, for closing its stdin does."""
         if self.process.stdin is not None:
             self.process.stdin.close()
+        stop_posting(self.channel)
         self.channel.close()
         try:
             async with asyncio.timeout(LONGEST_END):

@@ -22,6 +22,7 @@ from llmkit.server.processes.aside import aside
 from llmkit.server.processes.link import EngineLink
 from llmkit.server.processes.serve_options import Plan
 from llmkit.server.processes.wire import Channel, Ready
+from llmkit.server.shelf import AnyShelf, Shelf
 from llmkit.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -53,12 +54,15 @@ class Door:
 
 
 class HttpFront:
-    """Number `number` of `count` fronts that accept connections from one listening socket. numbers: their `Shared` file."""
+    """Number `number` of `count` fronts that accept connections from one listening socket. numbers: their `Shared` file. shelf:
+    what they keep; without one, this front's own."""
 
     def __init__(
-        self, plan: Plan, listening: socket.socket, number: int = 0, count: int = 1, numbers: int | None = None
-    ) -> None:
+        self, plan: Plan, listening: socket.socket, number: int = 0, count: int = 1, numbers: int | None = None,
+        shelf: AnyShelf | None = None,
+    ) -> None:  # fmt: skip
         self._plan, self._listening, self._began = plan, listening, time.time()
+        self._shelf = shelf or Shelf()
         most = plan.server.max_queued_requests
         self.link = EngineLink(None if most is None else -(-most // count), number, count)
         self._numbers = None if numbers is None else Shared(numbers, number, count)
@@ -106,7 +110,7 @@ class HttpFront:
         from llmkit.server.metrics.endpoint import Metrics
         from llmkit.server.metrics.metered import Metered
 
-        app = create_app(Metered(self.link, Metrics(self._numbers)), self._plan.server)
+        app = create_app(Metered(self.link, Metrics(self._numbers)), self._plan.server, self._shelf)
         app.add_api_route("/server_info", self._info, methods=["GET"], summary="Engine, memory plan, counts")
         return app
 

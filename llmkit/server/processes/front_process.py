@@ -10,10 +10,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from llmkit.server.processes.far_shelf import FarShelf
 from llmkit.server.processes.front import HttpFront, log_to_stderr
 from llmkit.server.processes.lifeline import when_stdin_closes
+from llmkit.server.processes.post import post
 from llmkit.server.processes.serve_options import Plan
-from llmkit.server.processes.wire import BeFront, Channel, EngineGone, FrontUp, Gone, NewEngine, Stage, Stop
+from llmkit.server.processes.wire import BeFront, Channel, EndRunning, EngineGone, FrontUp, Gone, NewEngine, Stage, Stop, Told
 
 
 class FrontServer:
@@ -22,6 +24,7 @@ class FrontServer:
     def __init__(self, channel: Channel) -> None:
         self._channel = channel
         self._front: HttpFront | None = None
+        self._shelf = FarShelf(lambda message: post(channel, message))
         self._tasks: set[asyncio.Task[None]] = set()
         self._ended = asyncio.Event()
 
@@ -49,7 +52,7 @@ class FrontServer:
         plan = Plan.from_plain(order.plan)
         log_to_stderr(plan.serving.log_level)
         listening, numbers = self._channel.take_socket(), self._channel.files.popleft()
-        self._front = HttpFront(plan, listening, order.number, order.count, numbers)
+        self._front = HttpFront(plan, listening, order.number, order.count, numbers, self._shelf)
         self._do(self._serve(self._front), then_end=True)
         self._do(self._get_ready(self._front, Path(order.folder)))
 
@@ -60,6 +63,8 @@ class FrontServer:
             front.connect_engine(self._channel.take_socket(), message.ready)
         elif isinstance(message, EngineGone):
             front.lose_engine(message.why)
+        elif isinstance(message, Told | EndRunning):
+            self._shelf.hear(message)
         elif isinstance(message, Stop):
             self._do(front.stop(message.seconds))
 
@@ -69,7 +74,7 @@ class FrontServer:
     async def _get_ready(self, front: HttpFront, home: Path) -> None:
         await front.read_tokenizer(home)
         await front.up.wait()
-        self._channel.send(FrontUp())
+        post(self._channel, FrontUp())
 
     def _do(self, work: Any, then_end: bool = False) -> None:
         """Begin a task. One that fails ends this process: its launcher starts another."""

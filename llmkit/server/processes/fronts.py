@@ -11,10 +11,12 @@ from typing import Protocol
 
 from llmkit.server.metrics.prometheus import Shared
 from llmkit.server.processes.child import Child
+from llmkit.server.processes.far_shelf import ShelfDesk
 from llmkit.server.processes.front import LAST_WORDS, HttpFront
 from llmkit.server.processes.keeper import FIRST_DELAY, LONGEST_DELAY, YOUNG, EngineKeeper
 from llmkit.server.processes.serve_options import Plan
-from llmkit.server.processes.wire import BeFront, EngineGone, FrontUp, NewEngine, Ready, Stage, Stop
+from llmkit.server.processes.wire import BeFront, EngineGone, FrontUp, NewEngine, OnShelf, Ready, Stage, Stop
+from llmkit.server.shelf import Shelf
 
 log = logging.getLogger("llmkit.server")
 
@@ -79,6 +81,7 @@ class ManyFronts:
 
     def __init__(self, plan: Plan, listening: socket.socket, keeper: EngineKeeper) -> None:
         self._plan, self._listening, self._keeper = plan, listening, keeper
+        self._shelf = Shelf()
         self._numbers = Shared.create(plan.serving.api_server_count)
         self._alive: dict[int, FrontProcess] = {}
         self._all_up = asyncio.Event()
@@ -103,6 +106,7 @@ class ManyFronts:
     async def _one_life(self, number: int, home: asyncio.Future[Path]) -> str:
         child = await Child.start("llmkit.server.processes.front_process", f"front {number}")
         front = self._alive[number] = FrontProcess(child)
+        desk = ShelfDesk(self._shelf, child.send)
         try:
             folder = str(await asyncio.shield(home))
             child.send(BeFront(self._plan.to_plain(), folder, number, self._plan.serving.api_server_count),
@@ -112,10 +116,13 @@ class ManyFronts:
                 if isinstance(message, FrontUp):
                     front.up.set()
                     self._look()
+                elif isinstance(message, OnShelf):
+                    desk.hear(message)
             return await child.how_it_ended()
         finally:
             del self._alive[number]
             self._keeper.remove_front(front)
+            await desk.close()
             await child.stop()
 
     def _look(self) -> None:

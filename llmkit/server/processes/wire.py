@@ -100,6 +100,33 @@ class Stop(Message):
     seconds: float
 
 
+# ---- what all fronts share (`far_shelf`)
+
+
+class OnShelf(Message):
+    """From a front: do `act` ("keep", "settle", "fetch", "end", "drop"). otherwise: given with "keep" of what is still being
+    made."""
+
+    number: int
+    act: str
+    key: str
+    data: bytes | None = None
+    otherwise: bytes | None = None
+
+
+class Told(Message):
+    """To that front: act `number` is done."""
+
+    number: int
+    data: bytes | None = None
+
+
+class EndRunning(Message):
+    """To the front that makes it: stop that."""
+
+    key: str
+
+
 # ---- front and engine
 
 
@@ -173,6 +200,7 @@ class Refused(Message):
 AnyMessage = (
     Start | Stage | Ready | Alive | Failed | NewFront  # supervisor and engine
     | BeFront | NewEngine | EngineGone | FrontUp | Stop  # supervisor and front
+    | OnShelf | Told | EndRunning
     | Add | End | Step | Refused  # front and engine
 )  # fmt: skip
 _encoder, _decoder = msgspec.msgpack.Encoder(), msgspec.msgpack.Decoder(AnyMessage)

@@ -95,8 +95,10 @@ def test_an_engine_that_ends_is_replaced_for_both(pair, end):
     assert len({a["engine_pid"] for a in ask_both(pair).values()} - {engine.pid}) == 1
 
 
-def test_they_end_together(start):
-    server = start("--api-server-count", "2").ready()
+def test_they_end_together_and_wait_for_nothing_that_runs_in_the_background(start):
+    server = start("--api-server-count", "2", "--shutdown-timeout", "0").ready()
+    asked = {"input": "Hi", "max_output_tokens": 8000, "ignore_eos": True, "background": True}
+    assert server.http.post(f"{server.url}/v1/responses", json=asked).json()["status"] == "in_progress"
     server.process.terminate()
     assert server.wait(15) == 0
     assert "Traceback" not in server.log.read_text()
