@@ -25,7 +25,7 @@ _HOMES = {  # public name -> the module it lives in (PEP 562)
     "LlmkitError": "llmkit.errors",
     "download": "llmkit.hub",
     "download_report": "llmkit.hub",
-    "serve": "llmkit.server.handle.server",
+    "serve": "llmkit.server.handle.start",
     "Server": "llmkit.server.handle.server",
     "check": "llmkit.notebook.checks",
     "record": "llmkit.notebook.checks",
@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from llmkit.sampling_params import StructuredOutputs as StructuredOutputs
     from llmkit.sampling_params import StructuredOutputsParams as StructuredOutputsParams
     from llmkit.server.handle.server import Server as Server
-    from llmkit.server.handle.server import serve as serve
+    from llmkit.server.handle.start import serve as serve
 
 
 def load_ipython_extension(shell: Any) -> None:

@@ -150,7 +150,7 @@ def _server(args: argparse.Namespace) -> Iterator[str]:
         yield args.url
         return
     from llmkit.bench.measure import say
-    from llmkit.server.handle.server import serve
+    from llmkit.server.handle.start import serve
 
     options: dict[str, Any] = {"model": DEFAULT_MODEL} | engine_options(args)
     say(f"starting a server for {options['model']}")

@@ -45,7 +45,7 @@ def extend(commands: Mapping[str, Parser]) -> None:
 def serve(args: argparse.Namespace) -> Server:
     """Start a server, or find the living one; a card that follows its start."""
     from llmkit.notebook.live_card import headless, show
-    from llmkit.server.handle.server import start
+    from llmkit.server.handle.start import start
 
     own = Parser(add_help=False)
     serve_flags(own)

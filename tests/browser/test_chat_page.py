@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from llmkit.server.handle.server import serve
+from llmkit.server.handle.start import serve
 
 HOSTILE = ('<img src=x onerror="document.title=1"> <script>document.title=2</script> [go](javascript:document.title=3) '
            '**bold** `<b>` ![p](https://a.example/x.png)\n\n| a | b |\n|---|---|\n| 1 | <i>2</i> |')  # fmt: skip

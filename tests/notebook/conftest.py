@@ -98,7 +98,7 @@ def start_kernel(run_dir: Path) -> Iterator[Callable[..., Kernel]]:
     def start(fake: bool = True, **env: str) -> Kernel:
         kernels.append(Kernel({"LLMKIT_RUN_DIR": str(run_dir), **env}))
         if fake:
-            kernels[-1].run(f"import llmkit.server.handle.server; llmkit.server.handle.server.COMMAND = {FAKE!r}")
+            kernels[-1].run(f"import llmkit.server.handle.start; llmkit.server.handle.start.COMMAND = {FAKE!r}")
         return kernels[-1]
 
     yield start
@@ -109,11 +109,12 @@ def start_kernel(run_dir: Path) -> Iterator[Callable[..., Kernel]]:
 @pytest.fixture
 def fake_servers(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """`llmkit.serve` of this process starts fake servers; none is left behind."""
-    from llmkit.server.handle import server as handle
+    from llmkit.server.handle import start
+    from llmkit.server.handle.server import stop_servers
 
-    monkeypatch.setattr(handle, "COMMAND", FAKE)
+    monkeypatch.setattr(start, "COMMAND", FAKE)
     yield
-    handle.stop_servers("all")
+    stop_servers("all")
 
 
 def gone_within(pid: int, seconds: float) -> bool:

@@ -13,9 +13,10 @@ import pytest
 
 import llmkit
 from llmkit.errors import EngineUnavailableError, LlmkitError, ModelNotFoundError, UnknownOptionError
-from llmkit.server.handle import server as handle
+from llmkit.server.handle import start as handle
 from llmkit.server.handle.list_view import servers
-from llmkit.server.handle.server import Server, ServerDiedError, ServerTimeoutError, command_words, find, records
+from llmkit.server.handle.server import Server, ServerDiedError, ServerTimeoutError, find, records, stop_servers
+from llmkit.server.handle.words import command_words
 
 pytestmark = pytest.mark.usefixtures("fake_servers")
 
@@ -78,7 +79,7 @@ def test_another_process_finds_it_and_does_not_end_it():
     server = llmkit.serve("m")
     code = """
 import sys
-from llmkit.server.handle import server as handle
+from llmkit.server.handle import start as handle
 handle.COMMAND = tuple(sys.argv[1:])
 with handle.serve("m") as server:
     print(server.started_here, server.url, server.record.owner[0], flush=True)
@@ -146,7 +147,7 @@ def test_a_forked_child_does_not_hold_the_pipe(ends):
     """multiprocessing's fork copies every descriptor: the server would live as long as the last worker."""
     code = """
 import os, sys, time
-from llmkit.server.handle import server as handle
+from llmkit.server.handle import start as handle
 handle.COMMAND = tuple(sys.argv[1:])
 server = handle.serve("m")
 if os.fork() == 0:
@@ -166,7 +167,7 @@ os.kill(os.getpid(), 9)
 
 
 def test_a_script_that_ends_takes_its_server_along(ends):
-    code = ("import sys\nfrom llmkit.server.handle import server as handle\n"
+    code = ("import sys\nfrom llmkit.server.handle import start as handle\n"
             "handle.COMMAND = tuple(sys.argv[1:])\nprint(handle.serve('m').pid)")  # fmt: skip
     done = script(code)
     assert ends(int(done.stdout), 0.1)
@@ -235,11 +236,11 @@ def test_the_list_shows_them_and_one_is_found_by_any_name():
     with pytest.raises(EngineUnavailableError, match=r"no server is called 'three'") as error:
         find("three")
     assert f"(pid {first.pid})" in (error.value.hint or "")
-    assert handle.stop_servers("one") == [first]
-    assert handle.stop_servers("all") == [second]
+    assert stop_servers("one") == [first]
+    assert stop_servers("all") == [second]
     assert repr(servers()) == "no server is running"
     with pytest.raises(EngineUnavailableError, match="no server is running"):
-        handle.stop_servers(None)
+        stop_servers(None)
 
 
 def test_a_number_that_another_process_has_now_is_not_the_server(run_dir):

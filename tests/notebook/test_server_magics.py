@@ -195,7 +195,7 @@ def test_a_failed_start_fails_a_run_without_a_browser_with_the_servers_own_error
 
 def test_a_run_without_a_browser_waits_and_saves_the_card_as_it_ends(tmp_path, run_dir, monkeypatch):
     fake = os.path.join(os.path.dirname(__file__), "fake_server.py")
-    code = f"import sys, llmkit.server.handle.server; llmkit.server.handle.server.COMMAND = (sys.executable, {fake!r})"
+    code = f"import sys, llmkit.server.handle.start; llmkit.server.handle.start.COMMAND = (sys.executable, {fake!r})"
     result = run_notebook(notebook(tmp_path / "a.ipynb", code, "%llmkit serve m"), out_dir=tmp_path / "runs")
     assert result.error is None
     (output,) = nbformat.read(result.path, as_version=4).cells[-1].outputs

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from llmkit import cli
-from llmkit.server.handle.server import serve
+from llmkit.server.handle.start import serve
 
 
 @pytest.fixture(scope="module")

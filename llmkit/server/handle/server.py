@@ -1,66 +1,34 @@
-"""`llmkit.serve(...) -> Server`: a server in a process of its own, held from a notebook, a script or a prompt.
+"""`Server`: one on this machine, held from a notebook, a script or a prompt; whoever started it.
 
-Who outlives whom: the server runs in a session of its own, so the stop button, which interrupts the kernel's process group, does
-not reach it; it watches its stdin, a pipe whose other end only this process holds, so it ends with this process, however that
-ends. `atexit` is for the tidy path. Its folder (`handle.records`) lets any process find it again.
+Its folder (`records`) lets any process find it. It ends with the process that started it (`child`), however that ends; `atexit`
+is for the tidy path.
 """
 
 from __future__ import annotations
 
-import argparse
 import atexit
 import contextlib
-import hashlib
 import json
 import math
-import os
-import socket
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmkit import __version__, errors
-from llmkit.config import DEFAULT_MODEL
-from llmkit.errors import EngineUnavailableError, LlmkitError, reject_unknown
-from llmkit.interrupt import interrupt_afterwards
+from llmkit import errors
+from llmkit.errors import EngineUnavailableError, LlmkitError
 from llmkit.progress import in_notebook
 from llmkit.server.handle import records
+from llmkit.server.handle.child import OURS
 from llmkit.server.handle.logs import Lines, tail
 from llmkit.server.handle.records import Record
+from llmkit.server.handle.words import plan_of_words
 
 if TYPE_CHECKING:
     import openai
 
-    from llmkit.server.processes.serve_options import Plan
-
-COMMAND = (sys.executable, "-m", "llmkit")
 START_TIMEOUT = 600.0  # seconds; a model may have to be fetched first
 _LOOK = 0.05  # seconds between two looks at the record
-
-
-class _Child:
-    """A server that this process started. pipe: our end of its stdin, which it lives on; no other process may hold it."""
-
-    def __init__(self, argv: list[str], log: Path) -> None:
-        theirs, self.pipe = os.pipe()
-        try:
-            with log.open("wb") as output:
-                self.process = subprocess.Popen(argv, stdin=theirs, stdout=output, stderr=subprocess.STDOUT,
-                                                start_new_session=True, env=_environment())  # fmt: skip
-        finally:
-            os.close(theirs)
-
-    def let_go(self) -> None:
-        """Close the pipe: the server ends."""
-        pipe, self.pipe = self.pipe, -1
-        if pipe >= 0:
-            os.close(pipe)
-
-
-_OURS: dict[Path, _Child] = {}
 _CARDS: dict[Path, list[Callable[[], None]]] = {}
 
 
@@ -70,122 +38,6 @@ class ServerDiedError(LlmkitError, RuntimeError):
 
 class ServerTimeoutError(LlmkitError, TimeoutError):
     """A server was not ready in time. It goes on starting."""
-
-
-def serve(model: str | os.PathLike[str] = DEFAULT_MODEL, port: int = 0, *, wait: bool = True, timeout: float = START_TIMEOUT,
-          reuse: bool = True, **options: Any) -> Server:
-    """Serve a model in a process of its own, over OpenAI's protocol; the `Server`, ready.
-
-        server = llmkit.serve("Qwen/Qwen2-7B-Instruct", max_model_len=2048)
-        server.client().chat.completions.create(model=server.model, messages=[{"role": "user", "content": "Hello"}])
-
-    port: 0 takes a free one. options: the flags of `llmkit serve`, with underscores; True and False switch, a list gives several
-    values. The server ends with this process (`llmkit serve` in a terminal does not). reuse: a living server that was started
-    with the same arguments is taken instead of a second one. wait=False returns at once; `url`, `client()` and `wait()` wait
-    then. An interrupt ends the waiting, not the server. Raises the server's own error when it cannot start, ServerTimeoutError
-    after `timeout` seconds.
-    """
-    server = start(command_words(model, {"port": port} | options), reuse)
-    return server.wait_in_sight(timeout) if wait else server
-
-
-def command_words(model: str | os.PathLike[str], options: dict[str, Any]) -> list[str]:
-    """The words behind `llmkit` that say the same as these keyword arguments. Raises UnknownOptionError."""
-    from llmkit.cli import build_parser, subcommands
-
-    parser = subcommands(build_parser())["serve"]
-    parser.complete_arguments()
-    flags = {name: action for action in parser._actions for name in action.option_strings if name.startswith("--")}
-    known = {name[2:].replace("-", "_") for name in flags} - {"help", "run_file", "watch_stdin"}
-    reject_unknown(options, known, "llmkit.serve()")
-    spelled = {f"--{name.replace('_', '-')}": value for name, value in options.items()}
-    return ["serve", os.fspath(model), *(word for flag, value in spelled.items() for word in _flag(flag, value, flags))]
-
-
-def _flag(flag: str, value: Any, flags: dict[str, Any]) -> list[str]:
-    if value is None:
-        return []
-    action = flags.get(flag) or flags[flag.replace("-", "_").replace("__", "--", 1)]
-    if action.nargs == 0:  # a switch
-        off = "--no-" + flag[2:]
-        return [flag] if value else [off] if off in flags else []
-    if isinstance(value, (list, tuple)):
-        several = [str(v) for v in value]
-        return [flag, *several] if action.nargs in ("+", "*") else [f"{flag}={v}" for v in several]
-    text = json.dumps(value) if isinstance(value, dict) else str(value)
-    return [flag, text] if action.nargs in ("+", "*") else [f"{flag}={text}"]
-
-
-def start(words: Sequence[str], reuse: bool = True) -> Server:
-    """The server that `llmkit WORDS` describes: a living one, else a new process. At once. UsageError for a wrong word."""
-    from llmkit.hub.cache import locked
-
-    plan = _plan(words)
-    any_port = not hasattr(_parsed(words), "port")
-    key = _key(plan, any_port)
-    with locked(records.root() / key):
-        living = next((r for r in records.all_records() if r.key == key and r.state in ("starting", "ready")), None)
-        if living and reuse:
-            return Server(living.folder)
-        busy = any_port and _is_taken(plan.serving.host, plan.serving.port)
-        return _launch([*words, *(["--port", "0"] if busy else [])], key, plan)
-
-
-def _parsed(words: Sequence[str]) -> argparse.Namespace:
-    from llmkit.cli import parse
-
-    return parse(words)
-
-
-def _plan(words: Sequence[str]) -> Plan:
-    """What the words mean; mistakes in them come to light here, before anything is started."""
-    from llmkit.cli.serve import plan_of
-
-    return plan_of(_parsed(words))
-
-
-def _is_taken(host: str, port: int) -> bool:
-    """Whether somebody listens there already. The usual port is taken where it is free, for it is what tutorials name."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server does: one that has just ended is no obstacle
-        try:
-            probe.bind((host, port))
-        except OSError:
-            return True
-    return False
-
-
-def _key(plan: Plan, any_port: bool) -> str:
-    """A digest of a server's options, of the Python that runs it, and of the GPUs that it sees."""
-    meaning, folder = plan.to_plain(), Path(plan.engine.model).expanduser()
-    meaning["serving"]["port"] = 0 if any_port else plan.serving.port
-    meaning["engine"]["model"] = str(folder.resolve()) if folder.exists() else plan.engine.model
-    about = [json.dumps(meaning, sort_keys=True), __version__, COMMAND, os.environ.get("CUDA_VISIBLE_DEVICES")]
-    return hashlib.sha256(repr(about).encode()).hexdigest()[:16]
-
-
-@interrupt_afterwards()  # a process without a record, or the other way round, could not be found again
-def _launch(words: list[str], key: str, plan: Plan) -> Server:
-    import psutil
-
-    folder = records.new_folder()
-    log = folder / records.LOG_FILE
-    argv = [*COMMAND, *words, "--run-file", str(folder / records.RUN_FILE), "--watch-stdin"]
-    child = _OURS[folder] = _Child(argv, log)
-    born, me = psutil.Process(child.process.pid).create_time(), psutil.Process()
-    records.write_json(folder / records.STARTED_FILE, {
-        "pid": child.process.pid, "create_time": born, "key": key, "owner": [me.pid, me.create_time()],
-        "words": words, "log": str(log), "model": plan.engine.model, "served_model_names": plan.names,
-        "started": time.time()})  # fmt: skip
-    return Server(folder)
-
-
-def _environment() -> dict[str, str]:
-    """The server imports the very llmkit that runs here."""
-    from llmkit.notebook.run import checkout_roots
-
-    path = os.pathsep.join([*checkout_roots(), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return os.environ | {"PYTHONUNBUFFERED": "1"} | ({"PYTHONPATH": path} if path else {})
 
 
 class Server:
@@ -203,7 +55,7 @@ class Server:
     @property
     def record(self) -> Record:
         """All that is known of it now."""
-        if (child := _OURS.get(self.folder)) is not None:
+        if (child := OURS.get(self.folder)) is not None:
             child.process.poll()  # so that one that has ended is no zombie
         record = records.read_record(self.folder)
         if record is None:
@@ -218,7 +70,7 @@ class Server:
     @property
     def started_here(self) -> bool:
         """Whether this process started it."""
-        return self.folder in _OURS
+        return self.folder in OURS
 
     @property
     def pid(self) -> int:
@@ -250,7 +102,7 @@ class Server:
     def api_key(self) -> str:
         """The key it asks for, where this is known; else a word that passes where none is asked for."""
         words = records.read_json(self.folder / records.STARTED_FILE).get("words")
-        keys = _plan(words).server.api_keys if words else ()
+        keys = plan_of_words(words).server.api_keys if words else ()
         return next(iter(keys), "EMPTY")
 
     def client(self, **options: Any) -> openai.OpenAI:
@@ -337,7 +189,7 @@ class Server:
         """End it and everything it started, tidily within `timeout` seconds, else by force. Stopping twice is fine."""
         import psutil
 
-        record, child = self.record, _OURS.pop(self.folder, None)
+        record, child = self.record, OURS.pop(self.folder, None)
         if child is not None:
             child.let_go()
         if records.is_running(record.pid, record.create_time):
@@ -445,19 +297,8 @@ def _openai() -> Any:
 @atexit.register
 def _stop_all() -> None:
     """The tidy path: all pipes close at once, and every server has a moment to leave by itself."""
-    for child in _OURS.values():
+    for child in OURS.values():
         child.let_go()
-    for folder in list(_OURS):
+    for folder in list(OURS):
         with contextlib.suppress(LlmkitError):  # its folder was removed: there is nothing to tidy
             Server(folder).stop(timeout=3.0)
-
-
-def _forget() -> None:
-    """A forked child must neither hold a server's pipe open after its parent's death, nor stop the server when it ends itself."""
-    for child in _OURS.values():
-        child.let_go()
-    _OURS.clear()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget)
