@@ -1,4 +1,4 @@
-"""Choosing tokens on the device: the plain cases, greedy and temperature, without a softmax and without a sort.
+"""Choosing tokens on the device: greedy or with a temperature, among all or those that were kept, without a softmax or a sort.
 
 argmax(logits / T + Gumbel noise) draws exactly from softmax(logits / T) (Gumbel-max trick). The noise is a counter-based hash
 (Philox, seven rounds: Salmon et al., SC 2011) of the request's seed, the token's position and the vocabulary entry, so a draw
@@ -12,9 +12,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from llmkit_kernels.filters import NO_LIMIT, Kept, fine_bin
 from llmkit_kernels.launch import INTERPRETED, begin, cdiv, pdl
 
 _BLOCK = 4096
+_NO_LIMIT = tl.constexpr(NO_LIMIT)
 NO_TOKEN = tl.constexpr(-1)  # nothing could be chosen: the logits were NaN
 
 
@@ -38,8 +40,11 @@ def _gumbel(bits, PTX: tl.constexpr):
 
 
 @triton.jit
-def _scores(logits, entry, V, temperature, bits, PTX: tl.constexpr):
+def _scores(logits, entry, V, temperature, bits, limit, top, KEPT: tl.constexpr, PTX: tl.constexpr):
     score = tl.load(logits + entry, mask=entry < V, other=-float("inf"))
+    if KEPT:  # known to the compiler, unlike the row's own limit
+        if limit < _NO_LIMIT:  # noqa: SIM102
+            score = tl.where(fine_bin((top - score) / temperature) <= limit, score, -float("inf"))
     if temperature > 0.0:
         score = score / temperature + _gumbel(bits, PTX)
     return tl.where((entry < V) & (score == score), score, -float("inf"))  # a NaN is never chosen
@@ -53,8 +58,8 @@ def _better(a, at_a, b, at_b):
 
 @triton.jit
 def _best_of_part(
-    logits, rows, temperatures, seeds, positions, best, best_at, V, PARTS, BLOCK: tl.constexpr, PTX: tl.constexpr,
-    PDL: tl.constexpr,
+    logits, rows, temperatures, seeds, positions, limits, tops, best, best_at, V, PARTS, KEPT: tl.constexpr, BLOCK: tl.constexpr,
+    PTX: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     b, part = tl.program_id(0), tl.program_id(1)
     QUARTER: tl.constexpr = BLOCK // 4
@@ -66,14 +71,18 @@ def _best_of_part(
     # one draw of Philox gives four numbers: for entries a quarter of a part apart
     x, y, z, w = tl.randint4x(seed + position * 0x1E3779B97F4A7C15, part * QUARTER + lane, n_rounds=7)
     begin(PDL)
+    limit, top = _NO_LIMIT, 0.0
+    if KEPT:
+        limit, top = tl.load(limits + b), tl.load(tops + b)
     logits += b.to(tl.int64) * V
-    high, at = _scores(logits, first, V, temperature, x, PTX), first
-    high, at = _better(high, at, _scores(logits, first + QUARTER, V, temperature, y, PTX), first + QUARTER)
-    high, at = _better(high, at, _scores(logits, first + 2 * QUARTER, V, temperature, z, PTX), first + 2 * QUARTER)
-    high, at = _better(high, at, _scores(logits, first + 3 * QUARTER, V, temperature, w, PTX), first + 3 * QUARTER)
-    top = tl.max(high, axis=0)
-    tl.store(best + b * PARTS + part, top)
-    tl.store(best_at + b * PARTS + part, tl.min(tl.where(high == top, at, 0x7FFFFFFF), axis=0))
+    high, at = _scores(logits, first, V, temperature, x, limit, top, KEPT, PTX), first
+    at_2, at_3, at_4 = first + QUARTER, first + 2 * QUARTER, first + 3 * QUARTER
+    high, at = _better(high, at, _scores(logits, at_2, V, temperature, y, limit, top, KEPT, PTX), at_2)
+    high, at = _better(high, at, _scores(logits, at_3, V, temperature, z, limit, top, KEPT, PTX), at_3)
+    high, at = _better(high, at, _scores(logits, at_4, V, temperature, w, limit, top, KEPT, PTX), at_4)
+    highest = tl.max(high, axis=0)
+    tl.store(best + b * PARTS + part, highest)
+    tl.store(best_at + b * PARTS + part, tl.min(tl.where(high == highest, at, 0x7FFFFFFF), axis=0))
 
 
 @triton.jit
@@ -104,18 +113,19 @@ class SampleScratch:
 
 def sample(
     logits: Tensor, rows: Tensor, temperatures: Tensor, seeds: Tensor, positions: Tensor, last_token: Tensor, token_ids: Tensor,
-    scratch: SampleScratch, live: int,
+    scratch: SampleScratch, live: int, kept: Kept | None = None,
 ) -> Tensor:  # fmt: skip
-    """One token for each of `logits` fp32 [B, V]: greedy where the temperature is 0.
+    """One token for each of `logits` fp32 [B, V]: greedy where the temperature is 0. kept: what may be drawn, None: everything.
 
     rows: int64 [B], the persistent row of each, by which temperatures (fp32), seeds and positions (int64, where the newest token
     stands) are found. Writes token_ids int64 [B]; for rows below `live` (others are padding) also last_token, and moves their
     position on.
     """
     batch, vocab = logits.shape
+    limits, tops = (kept.limit, kept.top) if kept else (None, None)
     _best_of_part[(batch, scratch.parts)](
-        logits, rows, temperatures, seeds, positions, scratch.best, scratch.best_at, vocab, scratch.parts,
-        BLOCK=_BLOCK, PTX=not INTERPRETED, num_warps=4, **pdl(),
+        logits, rows, temperatures, seeds, positions, limits, tops, scratch.best, scratch.best_at, vocab, scratch.parts,
+        KEPT=kept is not None, BLOCK=_BLOCK, PTX=not INTERPRETED, num_warps=4, **pdl(),
     )  # fmt: skip
     _best_of_all[(batch,)](
         rows, scratch.best, scratch.best_at, token_ids, last_token, positions, scratch.parts, live,

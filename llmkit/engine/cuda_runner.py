@@ -1,25 +1,22 @@
-"""The runner on a GPU with our kernels: decode steps as graphs, plain sampling on the device."""
+"""The runner on a GPU with our kernels: decode steps as graphs, with the next tokens drawn inside."""
 
 from __future__ import annotations
 
 import numpy as np
 import torch
-from llmkit_kernels import sampling
 from torch import Tensor
 
 from llmkit.attention.triton import TritonBackend, TritonStep
 from llmkit.engine.batch import Batch
+from llmkit.engine.drawing import Drawing, Work
 from llmkit.engine.graphs import DecodeGraphs, DeviceRows
 from llmkit.engine.prompt_graphs import PromptGraphs
 from llmkit.engine.rows import Rows
 from llmkit.engine.runner import Runner, StepResult
 from llmkit.engine.sampler import SampledTokens
-from llmkit.engine.sampling_rows import FEATURES, GREEDY_BELOW
 from llmkit.engine.scheduler import Schedule
 from llmkit.models.decoder import Decoder
 from llmkit.models.fused_decode import FusedDecode
-
-_NOT_PLAIN = tuple(f for f in FEATURES if f != "sampled")  # what the sampling kernel does not know
 
 
 class _OnTheWay(SampledTokens):
@@ -38,11 +35,7 @@ class _OnTheWay(SampledTokens):
 
 
 class CudaRunner(Runner):
-    """A `Runner` whose decode steps and small prompts are replayed graphs. Other steps, and unusual sampling, take the eager
-    road, on the same rows.
-
-    Which road a request's draws take depends on its own parameters alone, never on its company.
-    """
+    """A `Runner` whose decode steps and small prompts are replayed graphs. Other steps take the eager road, on the same rows."""
 
     def __init__(
         self, model: Decoder, rows: Rows, num_blocks: int, max_tokens: int, dtype: torch.dtype, enforce_eager: bool = False
@@ -58,6 +51,7 @@ class CudaRunner(Runner):
         count = len(rows.requests)
         self.state = DeviceRows(count, rows.block_table.shape[1], self.device)
         self.last_token = self.state.last_token
+        self.drawing = Drawing(self.state, rows, self.sampling)
         self.graphs = DecodeGraphs(self._decode, self.state, count, self.enforce_eager)
         self.prompts: PromptGraphs | None = None  # made when first needed: `attach` comes before the back end is known
 
@@ -71,7 +65,7 @@ class CudaRunner(Runner):
         self._send_tables()
         if schedule.admitted:  # a cached prompt whose last token alone is computed: its position was never set
             self._set_positions(batch.rows, batch.context_lens)
-        token_ids, logits = self.graphs.run(batch.rows)
+        token_ids, logits = self.graphs.run(batch.rows, self.drawing.work(batch.rows))
         return StepResult(self._finish(token_ids, logits, batch.rows), [])
 
     def _is_plain(self, batch: Batch) -> bool:
@@ -85,7 +79,7 @@ class CudaRunner(Runner):
         self._copy_blocks(schedule.copies)
         self._load_rows(schedule)
         self.prompts = self.prompts or PromptGraphs(self._prompt, self.decoding, self.state)
-        token_ids, logits = self.prompts.run(batch)
+        token_ids, logits = self.prompts.run(batch, self.drawing.work(batch.rows[batch.sampled]))
         if not batch.sampled.size:
             return StepResult(None, [], None)
         if len(batch.sampled) < len(batch.rows):
@@ -93,20 +87,15 @@ class CudaRunner(Runner):
             token_ids, logits = token_ids[at], logits[at]
         return StepResult(self._finish(token_ids, logits, batch.rows[batch.sampled]), [], None)
 
-    def _prompt(self, ids: Tensor, step: TritonStep, last: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def _prompt(self, ids: Tensor, step: TritonStep, last: Tensor, rows: Tensor, work: Work) -> tuple[Tensor, Tensor]:
         """The body of a graph: whole prompts, and one token of each of `rows`."""
         logits = self.model.logits(self.model.forward(ids, step)[last])
-        return self._sample(logits, rows), logits
+        return self.drawing.draw(logits, rows, work), logits
 
     def _load_rows(self, schedule: Schedule) -> None:
         super()._load_rows(schedule)
         if schedule.admitted:
-            rows = np.array([r.row for r in schedule.admitted])
-            seeds = np.array([r.seed & (2**62 - 1) for r in schedule.admitted])
-            at = self._index(rows)
-            self.state.seed[at] = self._index(seeds)
-            heat = self.sampling.temperature.host[rows]
-            self.state.temperature[at] = self._index(np.where(heat < GREEDY_BELOW, np.float32(0), heat))
+            self.drawing.load(schedule.admitted)
 
     def _send_tables(self) -> None:
         rows = np.fromiter(self.rows.grown, np.int64, len(self.rows.grown))
@@ -116,33 +105,25 @@ class CudaRunner(Runner):
     def _set_positions(self, rows: np.ndarray, context_lens: np.ndarray) -> None:
         self.state.position[self._index(rows)] = self._index(context_lens.astype(np.int64) - 1)
 
-    def _decode(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def _decode(self, rows: Tensor, work: Work) -> tuple[Tensor, Tensor]:
         """The body of a graph: one token of each row."""
         state = self.state
         step = self.decoding.prepare_decode(state.position, state.block_table, rows)
         logits = self.fused(state.last_token, rows, step)
-        return self._sample(logits, rows), logits
-
-    def _sample(self, logits: Tensor, rows: Tensor) -> Tensor:
-        s = self.state
-        scratch = sampling.SampleScratch(logits.shape[0], logits.shape[1], self.device)
-        return sampling.sample(
-            logits, rows, s.temperature, s.seed, s.position, s.last_token, torch.empty_like(rows), scratch, s.num_rows
-        )
+        return self.drawing.draw(logits, rows, work), logits
 
     def _choose(self, logits: Tensor, batch: Batch) -> SampledTokens:
         rows = batch.rows[batch.sampled]
         self._set_positions(rows, batch.context_lens[batch.sampled])
-        return self._finish(self._sample(logits, self._index(rows)), logits, rows)
+        return self._finish(self.drawing.draw(logits, self._index(rows), self.drawing.work(rows)), logits, rows)
 
     def can_chain(self, batch: Batch) -> bool:
-        """Steps that bring a token to every sequence, sampled by the device itself."""
-        return len(batch.sampled) == len(batch.rows) and not any(self.sampling.using(f, batch.rows).size for f in _NOT_PLAIN)
+        """Steps that bring a token to every sequence, drawn by the device itself."""
+        return len(batch.sampled) == len(batch.rows) and not self.drawing.by_torch(batch.rows).size
 
     def _finish(self, token_ids: Tensor, logits: Tensor, rows: np.ndarray) -> SampledTokens:
-        """Draw again, with the full sampler, for the rows that ask for more than a temperature."""
-        asked = [self.sampling.using(feature, rows) for feature in _NOT_PLAIN]
-        unusual = np.unique(np.concatenate(asked))
+        """Draw again, in torch, for the rows that ask for more than the device knows."""
+        unusual = self.drawing.by_torch(rows)
         if not unusual.size:
             return _OnTheWay(token_ids)
         at = self._index(unusual)

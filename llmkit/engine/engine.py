@@ -195,8 +195,16 @@ class Engine:
             request, token = output.requests[i], int(token_ids[i])
             if stopped[i] and token in (request.params.stop_token_ids or []):
                 request.stop_reason = token
+            if failed[i]:
+                self._clean_after(request)
             self.scheduler.finish(request, "error" if failed[i] else "stop" if stopped[i] else "length")
             output.finished.append(request)
+
+    def _clean_after(self, request: Request) -> None:
+        """Numbers that broke (NaN) must not be left in the cache: masked, they would still break whoever gets the block next."""
+        own = [b for b in request.blocks if self.pool.ref_counts[b] == 1]
+        self.pool.forget(own)
+        self.runner.clear(own)
 
     def _grammars_ended(self, requests: list[Request], token_ids: np.ndarray) -> np.ndarray:
         ended = np.zeros(len(requests), bool)

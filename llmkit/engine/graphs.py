@@ -61,28 +61,31 @@ def capture(
 class DecodeGraphs:
     """Captured decode steps by batch size.
 
-    body: (rows int64 [B]) -> (token ids int64 [B], logits fp32 [B, vocabulary]); reads and advances the device rows.
+    body: (rows int64 [B], work) -> (token ids int64 [B], logits fp32 [B, vocabulary]); reads and advances the device rows.
+    work: a number that says how tokens are drawn; a graph is good for one.
     """
 
-    def __init__(self, body: Callable[[Tensor], tuple[Tensor, Tensor]], state: DeviceRows, max_size: int, eager: bool) -> None:
+    def __init__(
+        self, body: Callable[[Tensor, Any], tuple[Tensor, Tensor]], state: DeviceRows, max_size: int, eager: bool
+    ) -> None:
         self.body, self.state, self.eager = body, state, eager
         self.sizes = [s for s in SIZES if s < max_size] + [max_size]
         self.rows = torch.full((max_size,), state.num_rows, dtype=torch.int64, device=state.position.device)
-        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
+        self._graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
         self._pool = None
         self._loaded = np.empty(0, np.int64)
 
-    def run(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
+    def run(self, rows: np.ndarray, work: int) -> tuple[Tensor, Tensor]:
         """One step of these rows, int64 [B]: (token ids [B], logits [B, vocabulary]); both are overwritten by the next step."""
         count = len(rows)
         size = self.sizes[bisect.bisect_left(self.sizes, count)]
         self._load(rows, size)
         if self.eager:
-            token_ids, logits = self.body(self.rows[:size])
+            token_ids, logits = self.body(self.rows[:size], work)
         else:
-            if size not in self._graphs:
-                self._graphs[size] = self._capture(size)
-            graph, token_ids, logits = self._graphs[size]
+            if (size, work) not in self._graphs:
+                self._graphs[size, work] = self._capture(size, work)
+            graph, token_ids, logits = self._graphs[size, work]
             graph.replay()
         return token_ids[:count], logits[:count]
 
@@ -92,11 +95,11 @@ class DecodeGraphs:
             self.rows[:size].copy_(torch.from_numpy(padded))
             self._loaded = padded
 
-    def _capture(self, size: int) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
+    def _capture(self, size: int, work: int) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
         """On rows that nobody owns."""
         keep = self.rows[:size].clone()
         self.rows[:size] = self.state.num_rows
-        captured = capture(lambda: self.body(self.rows[:size]), self.state.side, self._pool)
+        captured = capture(lambda: self.body(self.rows[:size], work), self.state.side, self._pool)
         self._pool = self._pool or captured[0].pool()
         self.rows[:size] = keep
         return captured

@@ -1,14 +1,16 @@
 """Small steps of prompts alone as CUDA graphs: what a person waits for who asks an idle engine.
 
 At a hundred tokens the GPU needs some 5 ms and the host, launching kernel after kernel, twice that. Everything a step differs in
-lies in two buffers, filled by one copy each; token counts are padded to the next size with tokens of nobody, which are written
-to the padding block.
+lies in two buffers, filled by one copy each; token counts are padded to the next size with a sequence of nobody, which lives in
+the padding block. It attends as others do: what nobody computes would be left over in memory, might be NaN, and a NaN that is
+written to the padding block reaches everybody, since a masked NaN is still a NaN.
 """
 
 from __future__ import annotations
 
 import bisect
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,18 +26,18 @@ SEQUENCES = 4  # at most
 
 
 class PromptGraphs:
-    """Captured prompt steps by token count.
+    """Captured prompt steps by token count, and by how tokens are drawn (`work`).
 
-    body: (ids int64 [T], step, last int64 [S], rows int64 [S]) -> (token ids [S], logits fp32 [S, vocabulary]).
+    body: (ids int64 [T], step, last int64 [S], rows int64 [S], work) -> (token ids [S], logits fp32 [S, vocabulary]).
     """
 
     def __init__(
-        self, body: Callable[[Tensor, TritonStep, Tensor, Tensor], tuple[Tensor, Tensor]], backend: TritonBackend,
+        self, body: Callable[[Tensor, TritonStep, Tensor, Tensor, Any], tuple[Tensor, Tensor]], backend: TritonBackend,
         state: DeviceRows,
     ) -> None:  # fmt: skip
         self.body, self.backend, self.state = body, backend, state
         self.blocks = state.block_table.shape[1]
-        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
+        self._graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
         device = state.position.device
         self._wide = torch.zeros(3 * TOKENS[-1] + 3 * SEQUENCES, dtype=torch.int64, device=device)
         self._narrow = torch.zeros(sum(self._sizes(TOKENS[-1])), dtype=torch.int32, device=device)
@@ -45,22 +47,24 @@ class PromptGraphs:
         """Whether the step is small enough, and of prompts alone."""
         return not batch.num_decodes and len(batch.rows) <= SEQUENCES and batch.num_tokens <= TOKENS[-1]
 
-    def run(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def run(self, batch: Batch, work: int) -> tuple[Tensor, Tensor]:
         """(token ids [S], logits [S, vocabulary]) of the sequences; those of unfinished prompts mean nothing. The next step
         overwrites both."""
         size = TOKENS[bisect.bisect_left(TOKENS, batch.num_tokens)]
-        wide, narrow = self._lay_out(batch, size)
-        self._wide[: len(wide)].copy_(torch.from_numpy(wide))
-        self._narrow[: len(narrow)].copy_(torch.from_numpy(narrow))
-        if size not in self._graphs:
-            self._graphs[size] = capture(lambda: self._compute(size), self.state.side)
-        graph, token_ids, logits = self._graphs[size]
+        wide, narrow = (torch.from_numpy(values) for values in self._lay_out(batch, size))
+        self._narrow[: len(narrow)].copy_(narrow)
+        self._wide[: len(wide)].copy_(wide)
+        if (size, work) not in self._graphs:
+            self._wide[len(wide) - 2 * SEQUENCES : len(wide) - SEQUENCES] = self.state.num_rows  # capturing draws for nobody
+            self._graphs[size, work] = capture(lambda: self._compute(size, work), self.state.side)
+            self._wide[: len(wide)].copy_(wide)
+        graph, token_ids, logits = self._graphs[size, work]
         graph.replay()
         return token_ids[: len(batch.rows)], logits[: len(batch.rows)]
 
     def _sizes(self, tokens: int) -> tuple[int, int, int, int, int]:
-        """Of the parts of the int32 buffer. One sequence more than there may be is always empty: padded tiles belong to it."""
-        tiles = tokens // QUERY_TILE + SEQUENCES
+        """Of the parts of the int32 buffer. The last sequence is the padding's."""
+        tiles = tokens // QUERY_TILE + SEQUENCES + 1
         return SEQUENCES + 2, SEQUENCES + 1, tiles, tiles, (SEQUENCES + 1) * self.blocks
 
     def _lay_out(self, batch: Batch, size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -74,16 +78,16 @@ class PromptGraphs:
         newest[batch.sampled] = batch.context_lens[batch.sampled] - 1
         tokens = (np.pad(values, (0, pad)) for values in (batch.input_ids, batch.positions, batch.slot_mapping))
         ends, contexts, sequence, first, tables = (np.zeros(n, np.int32) for n in self._sizes(size))
-        ends[:], ends[: count + 1] = batch.num_tokens, batch.cu_seqlens
-        contexts[:count] = batch.context_lens
+        ends[:], ends[: count + 1], ends[-1] = batch.num_tokens, batch.cu_seqlens, size
+        contexts[:count], contexts[-1] = batch.context_lens, pad
         counts = -(-batch.num_new // QUERY_TILE)
-        sequence[:] = SEQUENCES
-        sequence[: counts.sum()] = np.repeat(np.arange(count), counts)
-        first[: counts.sum()] = np.concatenate([np.arange(n) * QUERY_TILE for n in counts])
+        padded = len(sequence) - counts.sum()
+        sequence[:] = np.repeat([*range(count), SEQUENCES], [*counts, padded])
+        first[:] = np.concatenate([np.arange(n) * QUERY_TILE for n in (*counts, padded)])
         tables.reshape(-1, self.blocks)[:count, : batch.block_tables.shape[1]] = batch.block_tables
         return np.concatenate([*tokens, last, rows, newest]), np.concatenate([ends, contexts, sequence, first, tables])
 
-    def _compute(self, size: int) -> tuple[Tensor, Tensor]:
+    def _compute(self, size: int, work: int) -> tuple[Tensor, Tensor]:
         wide = self._wide[: 3 * size + 3 * SEQUENCES]
         ids, positions, slots = wide[: 3 * size].view(3, size).unbind(0)
         last, rows, newest = wide[3 * size :].view(3, SEQUENCES).unbind(0)
@@ -91,4 +95,4 @@ class PromptGraphs:
         self.state.position[rows] = newest
         runs = PromptRuns(ends, contexts, (sequence, first))
         step = self.backend.step(positions, slots, tables.view(-1, self.blocks), 0, None, runs)
-        return self.body(ids, step, last, rows)
+        return self.body(ids, step, last, rows, work)

@@ -84,6 +84,10 @@ class Runner:
         self.last_token[self._index(rows)] = sampled.token_ids
         return sampled
 
+    def clear(self, blocks: list[int]) -> None:
+        """Fill these blocks of the cache with zeros."""
+        self.kv_cache[:, :, torch.tensor(blocks, device=self.device)] = 0
+
     def can_chain(self, batch: Batch) -> bool:
         """Whether the step after this one may be launched before this one's tokens are on the host."""
         return False

@@ -115,6 +115,29 @@ def test_unusual_sampling_beside_plain_does_not_disturb_it(folder, prompts, expe
     assert answers[::2] == expected[::2]
 
 
+@pytest.mark.parametrize("limits", [{"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}, {"top_k": 3, "top_p": 0.01}], ids=str)
+def test_limits_that_leave_one_token_are_greedy(folder, prompts, expected, limits):
+    with engine(folder) as llm:
+        assert tokens(llm, prompts, temperature=0.9, seed=1, **limits) == expected
+
+
+def test_penalties_on_the_device_are_those_of_torch(folder, prompts, expected):
+    """A logprob sends a request to torch's sampler, on the same logits; divisions may differ in the last bit."""
+    asked = {"repetition_penalty": 1.3, "presence_penalty": 0.2, "frequency_penalty": 0.1}
+    with engine(folder) as llm:
+        on_device = tokens(llm, prompts, **asked)
+        assert on_device != expected
+        assert agreement(on_device, tokens(llm, prompts, logprobs=1, **asked)) >= 0.9
+
+
+def test_filtered_and_penalised_draws_repeat_alone_and_in_company(folder, prompts):
+    asked = {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.05, "seed": 3}  # as Qwen2-7B-Instruct has them
+    with engine(folder) as llm:
+        together = tokens(llm, prompts, **asked)
+        assert tokens(llm, prompts, **asked) == together
+        assert tokens(llm, prompts, **asked | {"seed": 4}) != together
+
+
 def test_seeded_draws_repeat(folder, prompts):
     with engine(folder) as llm:
         first = tokens(llm, prompts, temperature=0.8, seed=3)

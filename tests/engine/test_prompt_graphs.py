@@ -44,7 +44,7 @@ def make(prompts: list[tuple[int, int, int]]) -> tuple[Rows, Batch]:
     [[(20, 0, 20)], [(150, 0, 150)], [(9, 0, 9), (60, 33, 27), (3, 1, 2)], [(80, 0, 40), (30, 0, 30), (5, 0, 5), (7, 0, 7)]],
     ids=["one", "two tiles", "parts are cached", "one unfinished, as many as there may be"],
 )
-def test_a_padded_step_attends_as_the_reference(prompts):
+def test_a_padded_step_attends_as_the_reference(prompts, monkeypatch):
     rows, batch = make(prompts)
     state = DeviceRows(6, rows.block_table.shape[1], DEVICE)
     cache = torch.randn(1, 2, BLOCKS, KV_HEADS, SIZE, DIM, device=DEVICE).to(DTYPE)
@@ -60,7 +60,7 @@ def test_a_padded_step_attends_as_the_reference(prompts):
 
     seen: dict[str, Any] = {}
 
-    def body(ids, step, last, which):
+    def body(ids, step, last, which, work):
         padded = torch.cat((qkv, torch.full((len(ids) - len(qkv), qkv.shape[1]), 3.0, device=DEVICE, dtype=DTYPE)))
         seen.update(ids=ids, last=last, rows=which, out=step.attend(layer, padded))
         return last, last
@@ -71,10 +71,14 @@ def test_a_padded_step_attends_as_the_reference(prompts):
     wide, narrow = graphs._lay_out(batch, size)
     graphs._wide[: len(wide)].copy_(torch.from_numpy(wide))
     graphs._narrow[: len(narrow)].copy_(torch.from_numpy(narrow))
-    graphs._compute(size)
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *a, **options: empty(*a, **options).fill_(float("nan")))
+    graphs._compute(size, 0)
+    monkeypatch.undo()
 
     torch.testing.assert_close(seen["out"][: batch.num_tokens], expected, rtol=2e-2, atol=CLOSE)
     torch.testing.assert_close(cache[:, :, 1:], plain[:, :, 1:], rtol=2e-2, atol=CLOSE)  # all but the padding block
+    assert seen["out"].isfinite().all(), "the padding, too: its keys are written to a block that others read"
     assert torch.equal(seen["ids"][: batch.num_tokens].cpu(), torch.from_numpy(batch.input_ids))
     assert torch.equal(seen["last"][: len(prompts)].cpu(), torch.from_numpy(batch.cu_seqlens[1:] - 1))
     finished = [total == computed + new for total, computed, new in prompts]

@@ -1,0 +1,148 @@
+"""The GPU's runner without a GPU: kernels in Triton's interpreter, graphs that are played back by running their body again.
+
+Its oracle is the plain runner on the same weights: what is deterministic (greedy, penalties, limits that leave one token) must be
+equal. On a GPU test_gpu.py asks more.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton comes with torch's CUDA builds; without it there are no kernels to test")
+
+from llmkit_kernels import decode_attention
+
+from llmkit import LLM, SamplingParams, ops
+from llmkit.engine import cuda_runner, graphs, prompt_graphs
+from llmkit.engine.drawing import Work
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled where there is a GPU: see test_gpu.py")
+
+PROMPTS = [[3, 4, 5], [7] * 9, [50, 3]]
+GREEDY = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True, detokenize=False)
+PENALISED = GREEDY.clone(repetition_penalty=1.7, presence_penalty=0.3, frequency_penalty=0.4)
+WARM = GREEDY.clone(temperature=0.9, seed=5)
+
+
+class Playback:
+    """Stands for a captured graph."""
+
+    def __init__(self, body: Any) -> None:
+        self.body = body
+        self.results = body()  # as capturing does, so that kernels are compiled
+
+    def replay(self) -> None:
+        for kept, new in zip(self.results, self.body()):
+            kept.copy_(new)
+
+    def pool(self) -> None:
+        return None
+
+
+def capture(body: Any, side: Any, pool: Any = None) -> tuple[Any, ...]:
+    graph = Playback(body)
+    return graph, *graph.results
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    place = tmp_path_factory.mktemp("model")
+    config = {"architectures": ["Qwen2ForCausalLM"], "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+              "num_key_value_heads": 1, "head_dim": 32, "intermediate_size": 32, "vocab_size": 100, "rope_theta": 1e6,
+              "max_position_embeddings": 64, "rms_norm_eps": 1e-6, "tie_word_embeddings": False,
+              "torch_dtype": "float32"}  # fmt: skip
+    (place / "config.json").write_text(json.dumps(config))
+    return place
+
+
+def load(folder, **options: Any) -> LLM:
+    defaults = {"load_format": "dummy", "dtype": "float32", "kv_cache_memory": 0.01, "block_size": 16, "max_num_seqs": 4}
+    return LLM(folder, skip_tokenizer_init=True, **defaults | options)
+
+
+@pytest.fixture(scope="module")
+def plain(folder):
+    with load(folder) as llm:
+        yield llm
+
+
+@pytest.fixture
+def on_the_gpu(monkeypatch):
+    """LLMs that are made now think that they have one."""
+    monkeypatch.setattr(ops, "has_kernels", lambda device, dtype: True)
+    monkeypatch.setattr(cuda_runner, "_OnTheWay", lambda token_ids: cuda_runner.SampledTokens(token_ids.clone(), None))
+    monkeypatch.setattr(decode_attention, "num_sms", lambda: 4)  # few programs: each is interpreted
+    monkeypatch.setattr(prompt_graphs, "TOKENS", [4, 16, *prompt_graphs.TOKENS])
+    for module in (graphs, prompt_graphs):
+        monkeypatch.setattr(module, "capture", capture)
+
+
+@pytest.fixture
+def gpu(on_the_gpu, folder):
+    with load(folder) as llm:
+        assert type(llm._engine.runner) is cuda_runner.CudaRunner
+        yield llm
+
+
+def said(llm: LLM, params: SamplingParams | list[SamplingParams], prompts: list[list[int]] = PROMPTS) -> list[list[int]]:
+    return [o.outputs[0].token_ids for o in llm.generate(prompts, params, use_tqdm=False)]
+
+
+def test_greedy_and_penalised_are_those_of_the_plain_runner(gpu, plain):
+    expected, penalised = said(plain, GREEDY), said(plain, PENALISED)
+    assert penalised != expected, "the penalties change something here"
+    each = [GREEDY, PENALISED, PENALISED.clone(logprobs=1)]
+    assert said(gpu, each) == [expected[0], *penalised[1:]], "on the device, and by torch"
+
+
+def test_limits_that_leave_one_token_are_greedy(gpu, plain):
+    each = [WARM.clone(top_k=1), WARM.clone(top_p=1e-6), WARM.clone(min_p=1.0)]
+    assert said(gpu, each) == said(plain, GREEDY)
+    each = [PENALISED.clone(temperature=0.9, top_k=3, top_p=0.01, min_p=0.001), *[PENALISED.clone(temperature=0.9, top_k=1)] * 2]
+    assert said(gpu, each) == said(plain, PENALISED)
+
+
+def test_a_draw_does_not_know_its_company(gpu):
+    each = [WARM, WARM.clone(top_k=4, top_p=0.9), WARM.clone(min_p=0.05, repetition_penalty=1.2)]
+    together = said(gpu, each)
+    assert [said(gpu, params, [prompt])[0] for params, prompt in zip(each, PROMPTS)] == together
+
+
+def test_what_the_device_draws_is_launched_ahead_and_graphs_are_kept_by_their_work(gpu, monkeypatch):
+    runner, ahead = gpu._engine.runner, []
+    monkeypatch.setattr(runner, "can_chain", lambda batch, ask=runner.can_chain: ahead.append(ask(batch)) or ahead[-1])
+    for work, params in ((Work.PENALISE, PENALISED), (Work.FILTER, WARM.clone(top_p=0.8)), (Work.DRAW, WARM)):
+        said(gpu, params, PROMPTS[:1])
+        assert (4, work) in runner.prompts._graphs
+        assert (1, work) in runner.graphs._graphs
+    assert all(ahead), "each step brings a token to everybody"
+    said(gpu, WARM.clone(logprobs=1), PROMPTS[:1])
+    assert not ahead[-1], "torch's sampler makes the host wait"
+
+
+def test_counts_are_made_again_after_a_preemption(on_the_gpu, folder, plain):
+    prompts = [p * n for p, n in zip(PROMPTS, (5, 2, 7))]
+    with load(folder, num_kv_blocks=5) as llm:
+        assert said(llm, PENALISED, prompts) == said(plain, PENALISED, prompts)
+        assert llm.stats()["preemptions"] > 0
+
+
+def test_prompts_that_come_together_share_their_beginning(gpu, plain):
+    """Those of a single token left read what the step itself writes."""
+    prompts = [[5, 6] * 8 + tail for tail in ([1], [2, 3], [4] * 9)]
+    assert said(gpu, GREEDY, prompts) == said(plain, GREEDY, prompts)
+    assert gpu.stats()["prefix_cache_hits"] == 2 * 16
+
+
+def test_numbers_that_broke_are_not_left_to_others(gpu, plain):
+    expected, broken = said(plain, GREEDY), [99] * 30
+    gpu._engine.model.embedding.weight[99] = float("nan")
+    outputs = gpu.generate([broken, PROMPTS[0]], GREEDY, use_tqdm=False)
+    assert [o.outputs[0].finish_reason for o in outputs] == ["error", "length"]
+    assert outputs[1].outputs[0].token_ids == expected[0]
+    assert gpu._engine.runner.kv_cache.isfinite().all()
+    assert gpu.stats()["kv_blocks_cached"] == 0, "nor found again"
