@@ -5,15 +5,15 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
+from own_process import environment
+from real_kernel import Kernel
 
 from llmkit import LLM, SamplingParams
 from llmkit.errors import EngineError
 from llmkit.interrupt import interrupt_afterwards
 
-ROOT = Path(__file__).parents[1]
 LONG = SamplingParams(temperature=0, max_tokens=4000, ignore_eos=True)
 LOAD = 'LLM(FOLDER, load_format="dummy", max_model_len=4096, max_num_seqs=16, kv_cache_memory=0.05)'
 
@@ -175,11 +175,6 @@ def test_it_costs_microseconds():
 # ---- processes of their own
 
 
-def environment():
-    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
-    return os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-
-
 def test_sigint_into_a_script(dummy_folder):
     script = f"""
 import sys
@@ -207,46 +202,9 @@ print(len(llm.generate("Again", SamplingParams(max_tokens=3, ignore_eos=True))[0
     assert "Traceback" not in err
 
 
-class Kernel:
-    """A real ipykernel."""
-
-    def __init__(self) -> None:
-        from jupyter_client.manager import KernelManager
-
-        self.manager = KernelManager()
-        self.manager.start_kernel(extra_arguments=["--HistoryManager.hist_file=:memory:"], env=environment())
-        self.client = self.manager.client()
-        self.client.start_channels()
-        self.client.wait_for_ready(timeout=60)
-
-    def begin(self, code: str) -> str:
-        return self.client.execute(code)
-
-    def messages(self, request: str, timeout: float = 60) -> list[tuple[str, dict]]:
-        """Everything that this cell put out, when it is done."""
-        found = []
-        while True:
-            message = self.client.get_iopub_msg(timeout=timeout)
-            if message["parent_header"].get("msg_id") != request:
-                continue
-            kind, content = message["msg_type"], message["content"]
-            if kind == "status" and content["execution_state"] == "idle":
-                return found
-            if kind not in ("status", "execute_input"):
-                found.append((kind, content))
-
-    def run(self, code: str) -> list[tuple[str, dict]]:
-        return self.messages(self.begin(code))
-
-    def close(self) -> None:
-        self.client.stop_channels()
-        self.manager.shutdown_kernel(now=True)
-
-
 @pytest.fixture(scope="module")
 def kernel(dummy_folder):
-    kernel = Kernel()
-    kernel.run(f"FOLDER = {str(dummy_folder)!r}\nfrom llmkit import LLM, SamplingParams")
+    kernel = Kernel(f"FOLDER = {str(dummy_folder)!r}\nfrom llmkit import LLM, SamplingParams")
     yield kernel
     kernel.close()
 
@@ -254,38 +212,38 @@ def kernel(dummy_folder):
 def test_in_a_notebook(kernel):
     """One kernel from load to close, for each start costs seconds."""
     loaded = kernel.run(f"llm = {LOAD}\nlong = SamplingParams(max_tokens=4000, ignore_eos=True)")
-    assert [(kind, c["name"]) for kind, c in loaded] == [("stream", "stdout")]  # stderr would be a red block
-    assert loaded[0][1]["text"].startswith("llmkit: ")
+    assert [(o["type"], o["name"]) for o in loaded] == [("stream", "stdout")]  # stderr would be a red block
+    assert loaded[0]["text"].startswith("llmkit: ")
 
     cell = kernel.begin("llm.generate(['One'] * 3, long)")
     time.sleep(1.0)
-    kernel.manager.interrupt_kernel()
+    kernel.interrupt()
     said = kernel.messages(cell)
-    assert [c["ename"] for kind, c in said if kind == "error"] == ["KeyboardInterrupt"]
+    assert [o["ename"] for o in said if o["type"] == "error"] == ["KeyboardInterrupt"]
 
     assert free_and_working(kernel) == "3 True 3"
     assert finished_progress(said).startswith("0/3 requests")
-    shown = kernel.run("llm.last_partial")[-1][1]["data"]
+    shown = kernel.run("llm.last_partial")[-1]["data"]
     assert shown["text/html"].count("abort") == 3
     assert "RequestOutput(" in shown["text/plain"]
 
     bar = kernel.run("out = llm.generate(['One'] * 3, SamplingParams(max_tokens=3, ignore_eos=True))")
     assert finished_progress(bar).startswith("3/3 requests")
-    assert len({c["transient"]["display_id"] for _, c in bar}) == 1
+    assert len({o["transient"]["display_id"] for o in bar}) == 1
 
     few = "[llm.agenerate(p, SamplingParams(max_tokens=3)) for p in 'abc']"
     gathered = f"import asyncio\nprint(len(await asyncio.gather(*{few})))"
-    assert kernel.run(gathered)[-1][1]["text"] == "3\n"
+    assert kernel.text(gathered) == "3"
     cell = kernel.begin("await llm.agenerate('One', long)")
     time.sleep(0.5)
-    kernel.manager.interrupt_kernel()
-    assert any(kind == "error" for kind, _ in kernel.messages(cell))
+    kernel.interrupt()
+    assert any(o["type"] == "error" for o in kernel.messages(cell))
     assert free_and_working(kernel) == "3 True 3"
 
     error = kernel.run("llm.generate('')")[-1]
-    assert error[0] == "error"
-    assert len(error[1]["traceback"]) <= 3
-    assert "the prompt is empty" in error[1]["traceback"][0]
+    assert error["type"] == "error"
+    assert len(error["traceback"]) <= 3
+    assert "the prompt is empty" in error["traceback"][0]
 
 
 def free_and_working(kernel):
@@ -294,8 +252,8 @@ stats = llm.stats()
 again = llm.generate("Again", SamplingParams(max_tokens=3, ignore_eos=True))[0].outputs[0].token_ids
 print(len(llm.last_partial), stats["kv_blocks_free"] == stats["kv_blocks_total"], len(again))
 """
-    return kernel.run(check)[-1][1]["text"].strip()
+    return kernel.text(check)
 
 
 def finished_progress(messages):
-    return [c for kind, c in messages if kind == "update_display_data"][-1]["data"]["text/plain"]
+    return [o for o in messages if o["type"] == "update_display_data"][-1]["data"]["text/plain"]

@@ -2,21 +2,19 @@
 
 import asyncio
 import gc
-import os
 import subprocess
 import sys
 import threading
 import time
 import weakref
-from pathlib import Path
 
 import psutil
 import pytest
+from own_process import environment
 
 from llmkit import LLM, SamplingParams
 from llmkit.errors import ConfigError
 
-ROOT = Path(__file__).parents[1]
 SHORT = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
 
 
@@ -115,7 +113,6 @@ def test_finished_requests_are_forgotten(dummy_folder):
 
 
 def ends_quietly(code, folder, expect=0):
-    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
     begin = f"""
 import asyncio, sys, threading, time
 from llmkit import LLM, SamplingParams
@@ -123,7 +120,7 @@ llm = LLM({str(folder)!r}, load_format="dummy", max_model_len=4096, kv_cache_mem
 long = SamplingParams(max_tokens=4000, ignore_eos=True)
 """
     done = subprocess.run([sys.executable, "-c", begin + code], capture_output=True, text=True, timeout=60,
-                          env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"})  # fmt: skip
+                          env=environment())  # fmt: skip
     assert done.returncode == expect, done.stderr
     assert len(done.stderr.splitlines()) == 1, done.stderr  # the line at load
     return done.stdout

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import threading
 import time
 
 import nbformat
@@ -209,6 +210,7 @@ def test_a_server_of_a_terminal_is_found_used_and_stopped_from_a_notebook(kernel
                "--max-model-len", "256", "--kv-cache-memory", "0.05", "--served-model-name", "from-a-terminal"]  # fmt: skip
     env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     terminal = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, env=env)
+    threading.Thread(target=terminal.wait, daemon=True).start()  # as a shell does: what has ended is no zombie
     try:
         assert terminal.stdout is not None
         assert b"from-a-terminal is served at" in terminal.stdout.readline()
