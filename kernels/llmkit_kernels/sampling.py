@@ -42,8 +42,8 @@ def _gumbel(bits, PTX: tl.constexpr):
 @triton.jit
 def _scores(logits, entry, V, temperature, bits, limit, top, KEPT: tl.constexpr, PTX: tl.constexpr):
     score = tl.load(logits + entry, mask=entry < V, other=-float("inf"))
-    if KEPT:  # known to the compiler, unlike the row's own limit
-        if limit < _NO_LIMIT:  # noqa: SIM102
+    if KEPT:  # noqa: SIM102 - known to the compiler, unlike the row's own limit
+        if limit < _NO_LIMIT:
             score = tl.where(fine_bin((top - score) / temperature) <= limit, score, -float("inf"))
     if temperature > 0.0:
         score = score / temperature + _gumbel(bits, PTX)

@@ -92,7 +92,7 @@ class Drawing:
         return np.unique(np.concatenate(asked))
 
     def draw(self, logits: Tensor, rows: Tensor, work: Work) -> Tensor:
-        """A token for each of `logits` fp32 [B, V] of rows int64 [B] -> int64 [B]. Penalties are applied to the logits in place."""
+        """A token for each of `logits` fp32 [B, V] of rows int64 [B] -> int64 [B]. Penalties edit the logits in place."""
         s, (batch, vocab) = self.state, logits.shape
         if work == Work.PENALISE:
             assert self.penalties is not None  # `load` has made them

@@ -130,8 +130,9 @@ def test_penalties_on_the_device_are_those_of_torch(folder, prompts, expected):
         assert agreement(on_device, tokens(llm, prompts, logprobs=1, **asked)) >= 0.9
 
 
-def test_filtered_and_penalised_draws_repeat_alone_and_in_company(folder, prompts):
-    asked = {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.05, "seed": 3}  # as Qwen2-7B-Instruct has them
+def test_filtered_and_penalised_draws_repeat(folder, prompts):
+    """With what Qwen2-7B-Instruct's own generation_config asks for."""
+    asked = {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.05, "seed": 3}
     with engine(folder) as llm:
         together = tokens(llm, prompts, **asked)
         assert tokens(llm, prompts, **asked) == together
