@@ -17,9 +17,9 @@ import triton.language as tl
 from torch import Tensor
 
 from llmkit_kernels.launch import cdiv, next_power_of_2, num_sms, pdl
+from llmkit_kernels.soft_cap import log2_scores
 
 _GROUP = tl.constexpr(4)  # partial results that are read at once
-_LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -82,7 +82,7 @@ def _decode(
     M, table_stride, stride, scale, eps, window,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr,
     IN_SPLITS: tl.constexpr, BIAS: tl.constexpr, NORM: tl.constexpr, ROTARY: tl.constexpr, WINDOW: tl.constexpr,
-    INDEXED: tl.constexpr, LEAST: tl.constexpr, KEYS: tl.constexpr, PDL: tl.constexpr,
+    INDEXED: tl.constexpr, LEAST: tl.constexpr, KEYS: tl.constexpr, CAP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     g, slot = tl.program_id(0) % G, tl.program_id(0) // G
     b, part = slot // SPLITS, slot % SPLITS
@@ -99,7 +99,7 @@ def _decode(
         _decode_part(
             qkv, bias, q_norm, k_norm, cos_table, sin_table, k_cache, v_cache, table, out, part_out, part_max, part_sum,
             arrivals, b, g, part, slot, num_parts, position, start, lo, per_part, M, stride, scale, eps,
-            H, G, D, BLOCK_SIZE, ROWS, SPLITS, IN_SPLITS, BIAS, NORM, ROTARY, WINDOW, KEYS)  # fmt: skip
+            H, G, D, BLOCK_SIZE, ROWS, SPLITS, IN_SPLITS, BIAS, NORM, ROTARY, WINDOW, KEYS, CAP)  # fmt: skip
 
 
 @triton.jit
@@ -123,7 +123,7 @@ def _decode_part(
     b, g, part, slot, num_parts, position, start, lo, per_part, M, stride, scale, eps,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr,
     IN_SPLITS: tl.constexpr, BIAS: tl.constexpr, NORM: tl.constexpr, ROTARY: tl.constexpr, WINDOW: tl.constexpr,
-    KEYS: tl.constexpr,
+    KEYS: tl.constexpr, CAP: tl.constexpr,
 ):  # fmt: skip
     DTYPE: tl.constexpr = k_cache.dtype.element_ty
     SHARE: tl.constexpr = H // G
@@ -150,7 +150,7 @@ def _decode_part(
         ka = tl.load(k_cache + row[:, None] + halves[None, :])
         kb = tl.load(k_cache + row[:, None] + D // 2 + halves[None, :])
         scores = tl.dot(qa, tl.trans(ka))
-        scores = tl.dot(qb, tl.trans(kb), scores) * (scale * _LOG2E)
+        scores = log2_scores(tl.dot(qb, tl.trans(kb), scores), scale, CAP)
         scores = tl.where(seen[None, :], scores, -float("inf"))
         new_high = tl.maximum(high, tl.max(scores, axis=1))
         safe = tl.where(new_high == -float("inf"), 0.0, new_high)
@@ -179,7 +179,7 @@ def _decode_part(
         tl.store(k_cache + row + D // 2 + halves[None, :], kb1)
         tl.store(v_cache + row + dims, v1)
         score = tl.sum(qa.to(tl.float32) * ka1.to(tl.float32), axis=1) + tl.sum(qb.to(tl.float32) * kb1.to(tl.float32), axis=1)
-        score = score * (scale * _LOG2E)
+        score = log2_scores(score, scale, CAP)
         new_high = tl.maximum(high, score)
         weight, fade = tl.exp2(score - new_high), tl.exp2(high - new_high)
         acc = acc * fade[:, None] + weight[:, None] * v1.to(tl.float32)[None, :]
@@ -276,13 +276,14 @@ def fused_decode(
     window: int | None,
     scratch: DecodeScratch,
     out: Tensor,
+    soft_cap: float | None = None,
 ) -> Tensor:
     """All of attention for one new token a sequence, between the qkv product and the output product.
 
     qkv: fp32 partial products [S, M, (H+2G)·D], or [M, (H+2G)·D]. bias: [(H+2G)·D]. norms: q and k norm weights [D], eps.
     tables: cos and sin [positions, D], sin's first half negated as in `RotaryEmbedding`; None: no rotation. rows: int64 [M],
     which row of block_tables int32 [R, blocks] and positions int64 [R] a sequence has; None: sequence i has row i. positions:
-    where the new token stands; its key and value are written to the cache here. out: [M, H·D].
+    where the new token stands; its key and value are written to the cache here. out: [M, H·D]. soft_cap: see `log2_scores`.
     Reference: sum, add, `rms_norm`, `rotate`, `write_kv`, `paged_attention`.
     """
     in_splits = qkv.shape[0] if qkv.dim() == 3 else 1
@@ -298,7 +299,7 @@ def fused_decode(
         batch, block_tables.stride(0), batch * qkv.shape[-1], scale, eps, window or 0,
         H=heads, G=kv_heads, D=dim, BLOCK_SIZE=size, ROWS=max(16, next_power_of_2(heads // kv_heads)), SPLITS=cut.splits,
         IN_SPLITS=in_splits, BIAS=bias is not None, NORM=norms is not None, ROTARY=tables is not None, WINDOW=window is not None,
-        INDEXED=rows is not None, LEAST=cut.least, KEYS=cut.tile, num_warps=4,
+        INDEXED=rows is not None, LEAST=cut.least, KEYS=cut.tile, CAP=soft_cap or 0.0, num_warps=4,
         num_stages=cut.stages, **pdl(),
     )  # fmt: skip
     return out

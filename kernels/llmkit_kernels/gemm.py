@@ -41,6 +41,8 @@ def beats_cublas(w: SkinnyWeight, m: int) -> bool:
 
 def token_tiles(m: int) -> tuple[int, int]:
     """Two tile sizes (the second may be 0) that hold m tokens; a weight tile is read once for both."""
+    if m > MOST_TOKENS:  # the rows beyond would be left as they are
+        raise ValueError(f"these products take 1 to {MOST_TOKENS} tokens, not {m} tokens; torch.nn.functional.linear takes any")
     for first in (16, 32, 64):
         if m <= first:
             return first, 0

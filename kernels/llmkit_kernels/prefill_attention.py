@@ -13,10 +13,10 @@ import triton.language as tl
 from torch import Tensor
 
 from llmkit_kernels.launch import descriptor, is_hopper, shared_memory
+from llmkit_kernels.soft_cap import log2_scores
 
 TILE = 64  # keys at a time
 QUERY_TILE = 64  # prefill queries at a time
-_LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -47,7 +47,7 @@ def _prefill(
     q, k_cache, v_cache, k_desc, v_desc, out, block_tables, cu_seqlens, context_lens, tile_sequence, tile_start, q_stride,
     table_stride, scale, window,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
-    WINDOW: tl.constexpr, TMA: tl.constexpr,
+    WINDOW: tl.constexpr, CAP: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     head, tile = tl.program_id(0), tl.program_id(1)
     g = head // (H // G)
@@ -73,7 +73,7 @@ def _prefill(
     for at in range(begin_key, full_end, KEYS):
         block = _block_of(table, at, context, BLOCK_SIZE, KEYS, TMA)
         k = _load_tile(k_cache, k_desc, block, g, at, G, D, BLOCK_SIZE, KEYS, TMA)
-        scores = tl.dot(query, tl.trans(k)) * (scale * _LOG2E)
+        scores = log2_scores(tl.dot(query, tl.trans(k)), scale, CAP)
         if WINDOW:
             scores = tl.where(at + keys[None, :] > position[:, None] - window, scores, -float("inf"))
         v = _load_tile(v_cache, v_desc, block, g, at, G, D, BLOCK_SIZE, KEYS, TMA)
@@ -82,7 +82,7 @@ def _prefill(
         key = at + keys
         block = _block_of(table, at, context, BLOCK_SIZE, KEYS, TMA)
         k = _load_tile(k_cache, k_desc, block, g, at, G, D, BLOCK_SIZE, KEYS, TMA)
-        scores = tl.dot(query, tl.trans(k)) * (scale * _LOG2E)
+        scores = log2_scores(tl.dot(query, tl.trans(k)), scale, CAP)
         seen = (key[None, :] <= position[:, None]) & (key < context)[None, :]
         if WINDOW:
             seen = seen & (key[None, :] > position[:, None] - window)
@@ -118,12 +118,13 @@ def prefill(
     window: int | None,
     out: Tensor | None = None,
     descriptors: tuple[object, object] | None = None,
+    soft_cap: float | None = None,
 ) -> Tensor:
     """Runs of new tokens over their sequences' cached keys, their own among them (`write_kv` comes first).
 
     q: [T, H, D], rows of any stride. cu_seqlens: int32 [S+1]. context_lens: int32 [S]. block_tables: int32 [S, blocks].
     tiles: int32 (sequence, first query) of each tile of `QUERY_TILE` queries, from `query_tiles`. descriptors: of the caches,
-    from `cache_descriptor`. Returns [T, H, D]. Reference: `reference.paged_attention`.
+    from `cache_descriptor`. soft_cap: see `log2_scores`. Returns [T, H, D]. Reference: `reference.paged_attention`.
     """
     tokens, heads, dim = q.shape
     kv_heads, size = k_cache.shape[1:3]
@@ -134,7 +135,8 @@ def prefill(
     _prefill[(heads, tiles[0].shape[0])](
         q, k_cache, v_cache, k_desc, v_desc, out, block_tables, cu_seqlens, context_lens, tiles[0], tiles[1], q.stride(0),
         block_tables.stride(0), scale, window or 0, H=heads, G=kv_heads, D=dim, BLOCK_SIZE=size, QUERIES=QUERY_TILE, KEYS=keys,
-        WINDOW=window is not None, TMA=descriptors is not None, num_warps=4 if dim <= 128 else 8, num_stages=3,
+        WINDOW=window is not None, CAP=soft_cap or 0.0, TMA=descriptors is not None, num_warps=4 if dim <= 128 else 8,
+        num_stages=3,
     )  # fmt: skip
     return out
 

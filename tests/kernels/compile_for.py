@@ -65,17 +65,18 @@ def products() -> None:
 
 
 def attention() -> None:
-    for dim in (128, 256):
+    for dim, cap in ((128, None), (256, None), (128, 50.0)):
         cache, tables = empty(10, 2, 64, dim), empty(128, 8, dtype=torch.int32)
         where, cos, ints = empty(128, dtype=torch.int64), empty(512, dim), empty(3, dtype=torch.int32)
         for batch in (1, 128):
             scratch = decode_attention.DecodeScratch(batch, 8, 2, dim, CPU)
-            qkv, out, turns = empty(2, batch, 12 * dim, dtype=torch.float32), empty(batch, 8 * dim), (cos, cos)
-            decode_attention.fused_decode(qkv, None, None, turns, cache, cache, tables, where, where, 1.0, None, scratch, out)
+            qkv, out = empty(2, batch, 12 * dim, dtype=torch.float32), empty(batch, 8 * dim)
+            paged = cache, cache, tables, where, where
+            decode_attention.fused_decode(qkv, None, None, (cos, cos), *paged, 1.0, None, scratch, out, cap)
         by_tma = prefill_attention.cache_descriptor(cache)
         both = None if by_tma is None else (by_tma, by_tma)
         q = rope_cache.rope_cache(empty(100, 12, dim), None, (cos, cos), where, where, cache, cache)
-        prefill_attention.prefill(q, cache, cache, ints, ints, tables, (ints, ints), 1.0, 70, None, both)
+        prefill_attention.prefill(q, cache, cache, ints, ints, tables, (ints, ints), 1.0, 70, None, both, cap)
 
 
 def others() -> None:

@@ -25,6 +25,7 @@ class Case:
     dim: int
     block_size: int
     window: int | None
+    soft_cap: float | None
     dtype: torch.dtype
     seed: int
 
@@ -46,6 +47,7 @@ def cases(draw: st.DrawFn) -> Case:
         dim=draw(st.sampled_from([2, 8])),
         block_size=draw(st.sampled_from([1, 3, 4, 16])),
         window=draw(st.sampled_from([None, None, 1, 2, 5, 17, 100])),
+        soft_cap=draw(st.sampled_from([None, None, 0.5, 30.0])),
         dtype=draw(st.sampled_from([torch.float32, torch.float32, torch.bfloat16])),
         seed=draw(st.integers(0, 99)),
     )
@@ -99,10 +101,10 @@ class Step:
         layout = ops.CacheLayout(c.kv_heads, c.block_size, c.dtype, torch.device("cpu"))
         cu_seqlens = np.concatenate(([0], np.cumsum(c.new)))
         plan = ops.plan_attention(cu_seqlens, np.array(c.context, np.int32), self.tables, c.window, layout)
-        return ops.paged_attention(self.q, self.k, self.v, *self.caches, plan, scale)
+        return ops.paged_attention(self.q, self.k, self.v, *self.caches, plan, scale, c.soft_cap)
 
     def oracle(self, scale: float) -> torch.Tensor:
-        """softmax(q k / sqrt(d)) v, one query head of one token at a time."""
+        """softmax(q k / sqrt(d)) v, perhaps capped, one query head of one token at a time."""
         c, out, token = self.case, torch.zeros(self.q.shape, dtype=torch.float64), 0
         for (keys, values), done, context in zip(self.history, c.done, c.context):
             for position in range(done, context):
@@ -110,7 +112,8 @@ class Step:
                 for head in range(c.kv_heads * c.share):
                     k = keys[first : position + 1, head // c.share].double()
                     v = values[first : position + 1, head // c.share].double()
-                    weights = torch.softmax(k @ self.q[token, head].double() * scale, dim=0)
+                    scores = k @ self.q[token, head].double() * scale
+                    weights = torch.softmax(c.soft_cap * torch.tanh(scores / c.soft_cap) if c.soft_cap else scores, dim=0)
                     out[token, head] = weights @ v
                 token += 1
         return out
@@ -131,12 +134,13 @@ def test_a_mixed_step_of_very_different_lengths(window):
     """Contexts from 1 to 700 keys make several groups; prefill chunks stand beside them."""
     new = [1] * 14 + [7, 40, 1, 33]
     done = [0, 3, 699, 15, 16, 17, 128, 5, 5, 5, 5, 250, 31, 1, 0, 90, 12, 0]
-    step = Step(Case(new, done, kv_heads=2, share=3, dim=16, block_size=16, window=window, dtype=torch.float32, seed=1))
+    sizes = {"kv_heads": 2, "share": 3, "dim": 16, "block_size": 16}
+    step = Step(Case(new, done, **sizes, window=window, soft_cap=None, dtype=torch.float32, seed=1))
     torch.testing.assert_close(step.attend(0.25).double(), step.oracle(0.25), atol=2e-5, rtol=2e-5)
 
 
 def test_write_kv_touches_its_slots_only():
-    step = Step(Case([3], [2], 2, 1, 4, 4, None, torch.float32, 0))
+    step = Step(Case([3], [2], 2, 1, 4, 4, None, None, torch.float32, 0))
     before = [c.clone() for c in step.caches]
     k, v = torch.ones(2, 2, 4), torch.full((2, 2, 4), 2.0)
     slots = torch.tensor([5, 2])

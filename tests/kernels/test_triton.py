@@ -8,26 +8,11 @@ import torch
 
 pytest.importorskip("triton", reason="triton comes with torch's CUDA builds; without it there are no kernels to test")
 
+import triton
+import triton.language as tl
+from kernel_cases import DEVICE, DTYPE, attend, cache_of, close, normal, poisoned, rotary, slots_of, unfused
 from llmkit_kernels import activation, decode_attention, gemm, norm, prefill_attention, reference, rope_cache, sampling
-
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
-TOLERANCE = 2e-2 if torch.bfloat16 == DTYPE else 2e-5
-
-
-def close(got: torch.Tensor, want: torch.Tensor, tolerance: float = TOLERANCE) -> None:
-    """Relative distance of whole tensors; a NaN never passes."""
-    got, want = got.double(), want.double()
-    distance = float((got - want).norm() / want.norm().clamp_min(1e-12))
-    assert distance <= tolerance, f"relative distance {distance:.2e}"
-
-
-def normal(*shape: int, scale: float = 1.0, dtype: torch.dtype = DTYPE) -> torch.Tensor:
-    return (torch.randn(*shape, device=DEVICE) * scale).to(dtype)
-
-
-def poisoned(*shape: int, dtype: torch.dtype = DTYPE) -> torch.Tensor:
-    return torch.full(shape, float("nan"), dtype=dtype, device=DEVICE)
+from llmkit_kernels.soft_cap import log2_scores
 
 
 @pytest.fixture(autouse=True)
@@ -82,49 +67,6 @@ def test_logits(m: int) -> None:
     close(gemm.logits(x, gemm.SkinnyWeight(w), poisoned(m, 1000, dtype=torch.float32)), x.double() @ w.double().T)
 
 
-def cache_of(contexts: list[int], kv_heads: int, dim: int, size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Random keys and values in shuffled blocks, and the block tables."""
-    held = [-(-c // size) for c in contexts]
-    order = np.random.default_rng(0).permutation(np.arange(1, sum(held) + 1))
-    tables = np.zeros((len(contexts), max(held)), np.int32)
-    for i, blocks in enumerate(np.split(order, np.cumsum(held)[:-1])):
-        tables[i, : len(blocks)] = blocks
-    shape = (sum(held) + 1, kv_heads, size, dim)
-    return normal(*shape), normal(*shape), torch.from_numpy(tables).to(DEVICE)
-
-
-def rotary(length: int, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
-    angle = torch.outer(torch.arange(length), 10000.0 ** -(torch.arange(0, dim, 2) / dim))
-    cos, sin = angle.cos(), angle.sin()
-    return torch.cat((cos, cos), 1).to(DEVICE, DTYPE), torch.cat((-sin, sin), 1).to(DEVICE, DTYPE)
-
-
-def unfused(qkv, bias, norms, tables, positions, heads, kv_heads, dim):  # type: ignore[no-untyped-def]
-    """q, k, v [T, heads, D] by the reference ops."""
-    total = (qkv + bias if bias is not None else qkv).to(DTYPE).view(qkv.shape[0], -1, dim)
-    qk, v = total[:, : heads + kv_heads], total[:, heads + kv_heads :]
-    if norms:
-        q_norm, k_norm, eps = norms
-        qk = torch.cat((reference.rms_norm(qk[:, :heads], q_norm, eps), reference.rms_norm(qk[:, heads:], k_norm, eps)), 1)
-    if tables:
-        qk = reference.rotate(qk, tables[0][positions][:, None], tables[1][positions][:, None])
-    return qk[:, :heads], qk[:, heads:], v
-
-
-def attend(q, k, v, k_cache, v_cache, tables, lens, contexts, scale, window):  # type: ignore[no-untyped-def]
-    """write_kv and paged_attention of the reference."""
-    size = k_cache.shape[2]
-    cu = np.concatenate(([0], np.cumsum(lens))).astype(np.int64)
-    table = tables.cpu().numpy()
-    new = [np.arange(c - n, c) for n, c in zip(lens, contexts)]
-    slots = np.concatenate([table[i][p // size] * size + p % size for i, p in enumerate(new)])
-    rows = reference.kv_rows(torch.from_numpy(slots.astype(np.int64)).to(DEVICE), k_cache.shape[1], size)
-    reference.write_kv(k, v, k_cache, v_cache, rows)
-    layout = reference.CacheLayout(k_cache.shape[1], size, k_cache.dtype, DEVICE)
-    plan = reference.plan_attention(cu, np.array(contexts), table, window, layout)
-    return reference.paged_attention(q, k, v, k_cache, v_cache, plan, scale)
-
-
 @pytest.mark.parametrize(("heads", "kv_heads", "dim", "size"), [(4, 2, 32, 16), (7, 1, 64, 64), (2, 2, 32, 32)])
 @pytest.mark.parametrize("cut", [(1, 64, 1, 2), (4, 64, 1, 3), (2, 64, 4, 2)])
 @pytest.mark.parametrize("options", ["plain", "bias", "norm", "window", "no rotary", "rows"])
@@ -172,8 +114,7 @@ def test_prefill_of_ragged_chunks(heads: int, kv_heads: int, dim: int, size: int
     q, k, v = unfused(qkv, None, norms, rope, positions, heads, kv_heads, dim)
     want_k, want_v = k_cache.clone(), v_cache.clone()
     want = attend(q, k, v, want_k, want_v, tables, lens, contexts, dim**-0.5, window)
-    sequence = torch.repeat_interleave(torch.arange(len(lens)), torch.tensor(lens)).to(DEVICE)
-    slots = tables.long()[sequence, positions // size] * size + positions % size
+    slots = slots_of(tables, lens, contexts, size)
     got_q = rope_cache.rope_cache(qkv.view(sum(lens), -1, dim), norms, rope, positions, slots, k_cache, v_cache)
     close(got_q, q)
     close(k_cache, want_k)
@@ -244,3 +185,19 @@ def test_silu_mul_pairs(width: int) -> None:
     x = normal(3, 2 * width)
     gate, up = x.double().unflatten(1, (-1, 2)).unbind(2)
     close(activation.silu_mul_pairs(x), torch.nn.functional.silu(gate) * up)
+
+
+@triton.jit
+def _scores(products, out, CAP: tl.constexpr):
+    places = tl.arange(0, 8)
+    tl.store(out + places, log2_scores(tl.load(products + places), 0.5, CAP))
+
+
+@pytest.mark.parametrize("cap", [0.0, 1.0, 50.0])
+def test_soft_cap_is_tanh_of_any_number(cap: float) -> None:
+    inf, nan = float("inf"), float("nan")
+    products = torch.tensor([0.0, 1e-3, -1.0, 7.0, -300.0, 1e30, -inf, nan], device=DEVICE)
+    scores = products.double() * 0.5
+    want = (cap * torch.tanh(scores / cap) if cap else scores) / np.log(2)
+    _scores[(1,)](products, out := poisoned(8, dtype=torch.float32), CAP=cap)  # type: ignore[arg-type]
+    torch.testing.assert_close(out.double(), want, atol=2e-5, rtol=1e-5, equal_nan=True)
