@@ -68,7 +68,7 @@ def test_every_row_runs_and_each_is_written_when_it_is_there(tmp_path, capsys):
     assert all("fp8" in r["skipped"] for r in rows if "skipped" in r)
     measured = {r["name"]: r for r in rows if "value" in r}
     for name, row in measured.items():
-        assert row["value"] > 0 or name == "A-memory"
+        assert row["value"] > 0 or name == "A-memory" or "decode" in name  # a difference of two runs; a busy machine slows either
         assert (row["limit_share"] is not None) == (name.split("-")[1] in ("decode", "nano", "sharegpt", "prefill"))
         assert "times_vllm" not in row  # a tiny model compares with nothing
     assert measured["A-prefix-warm"]["facts"]["cached_tokens"] > measured["A-prefix-unshared"]["facts"]["cached_tokens"] == 0

@@ -17,10 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from own_process import environment
 
-import llmkit
-
-HOUSE = Path(llmkit.__file__).parents[1]
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
          "--disable-component-update", "--disable-sync"]  # fmt: skip
 
@@ -90,14 +88,13 @@ def jupyter_lab(folder: Path, dark: bool) -> Iterator[str]:
     own = {"JUPYTERLAB_SETTINGS_DIR": folder / ".settings", "JUPYTERLAB_WORKSPACES_DIR": hidden / "workspaces",
            "JUPYTER_RUNTIME_DIR": hidden / "runtime", "JUPYTER_CONFIG_DIR": hidden / "config", "IPYTHONDIR": hidden / "ipython",
            "LLMKIT_RUN_DIR": hidden / "servers"}  # fmt: skip
-    path = os.pathsep.join([str(HOUSE), str(HOUSE / "kernels"), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, "-m", "jupyterlab", "--allow-root", "--no-browser", "--ip=127.0.0.1", f"--port={port}",
                "--ServerApp.port_retries=0", f"--IdentityProvider.token={token}", f"--ServerApp.root_dir={folder}",
                "--LabApp.news_url=None", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
                "--LabApp.extension_manager=readonly"]  # fmt: skip
     with open(folder / "lab.log", "wb") as log:
         lab = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
-                               env=os.environ | {k: str(v) for k, v in own.items()} | {"PYTHONPATH": path})  # fmt: skip
+                               env=environment(**{k: str(v) for k, v in own.items()}))  # fmt: skip
     try:
         _wait_until_up(f"http://127.0.0.1:{port}/api?token={token}", lab, folder / "lab.log")
         yield f"http://127.0.0.1:{port}/lab/tree/{{}}?token={token}&reset"

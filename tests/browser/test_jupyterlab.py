@@ -72,8 +72,9 @@ class Notebook:
                           '.jp-NotebookPanel-toolbar [data-command="notebook:interrupt-kernel"]').first.click()  # fmt: skip
 
     def save(self):
+        """And wait until Lab says that nothing is unsaved."""
         self.page.keyboard.press("Control+s")
-        self.page.wait_for_timeout(1500)
+        self.page.wait_for_function("() => !document.querySelector('.jp-mod-dirty')", timeout=20_000)
 
 
 def contrast(page, selector):

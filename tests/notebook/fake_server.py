@@ -89,7 +89,7 @@ def main() -> None:
         sys.exit(1)
     for stage in ("find the model", "weights"):
         tell(args.run_file, stage=stage)
-        time.sleep(3.0 if mode == "slow" else 0.05)
+        time.sleep(1.5 if mode == "slow" else 0.05)
         STATE["stages"][stage] = 0.1
     server = ThreadingHTTPServer(("127.0.0.1", 0), Answers)
     server.daemon_threads = True
