@@ -32,7 +32,8 @@ class Serving:
         argv = [sys.executable, "-m", *command, *words, "--run-file", str(self.run_file)]
         with self.log.open("w") as log:
             self.process = subprocess.Popen(argv, stdin=stdin, stdout=log, stderr=log, env=env, start_new_session=True)
-        self.http = httpx.Client(timeout=PATIENCE, trust_env=False)
+        one_use = httpx.Limits(max_connections=100, max_keepalive_connections=0)  # threads may find a kept one closed under them
+        self.http = httpx.Client(timeout=PATIENCE, trust_env=False, limits=one_use)
         self.family: set[psutil.Process] = set()
 
     def until(self, what: str, holds: Callable[[], Any], seconds: float = PATIENCE) -> Any:
