@@ -68,10 +68,7 @@ class StepView:
 def view_step(engine: Engine, output: StepOutput, tokenizer: Tokenizer) -> StepView:
     """Describe a step that has just run."""
     batch, sampled = output.batch, dict(zip(output.requests, output.token_ids.tolist()))
-    by_row = dict(zip(batch.rows[batch.sampled].tolist(), output.requests))
-    if output.pooled is not None:
-        by_row |= zip(output.pooled.rows, output.pooled.requests)
-    sequences = [_view_sequence(engine, output, i, by_row, sampled, tokenizer) for i in range(len(batch.rows))]
+    sequences = [_view_sequence(engine, output, i, sampled, tokenizer) for i in range(len(batch.rows))]
     return StepView(
         step=engine.num_steps,
         sequences=sequences,
@@ -85,12 +82,9 @@ def view_step(engine: Engine, output: StepOutput, tokenizer: Tokenizer) -> StepV
 
 
 def _view_sequence(
-    engine: Engine, output: StepOutput, i: int, by_row: dict[int, Request], sampled: dict[Request, int], tokenizer: Tokenizer
+    engine: Engine, output: StepOutput, i: int, sampled: dict[Request, int], tokenizer: Tokenizer
 ) -> SequenceView:
-    batch, row = output.batch, int(output.batch.rows[i])
-    request = by_row.get(row) or engine.rows.requests[row]
-    if request is None:
-        raise LookupError(f"row {row} holds no request")
+    batch, request = output.batch, output.schedule.owners[i]
     new, context = int(batch.num_new[i]), int(batch.context_lens[i])
     token = sampled.get(request)
     begin = int(batch.cu_seqlens[i])

@@ -38,33 +38,16 @@ class Batch:
         """Where among the T tokens the logits of the sampled sequences are, int64 [R]."""
         return self.cu_seqlens[self.sampled + 1] - 1
 
-
-    def after(self, going: np.ndarray) -> Batch:
-        """The decode step that follows this one for sequences `going` int64 [B] of it, before its tokens are known to the host.
-        Input ids are filled in by `learn`; slots are not: the device finds them in its own block tables."""
-        context = self.context_lens[going] + 1
-        count = np.arange(len(going) + 1)
-        return Batch(
-            rows=self.rows[going],
-            num_new=np.ones(len(going), np.int32),
-            context_lens=context,
-            cu_seqlens=count,
-            input_ids=np.zeros(len(going), np.int64),
-            positions=context.astype(np.int64) - 1,
-            slot_mapping=np.full(len(going), -1),
-            block_tables=self.block_tables[going],
-            sampled=count[:-1],
-            num_decodes=len(going),
-        )
-
     def learn(self, rows: np.ndarray, token_ids: np.ndarray) -> None:
-        """Fill in the input ids of a step that was launched ahead: `token_ids` int64 [R], just sampled for `rows` int64 [R]."""
-        newest = dict(zip(rows.tolist(), token_ids.tolist()))
-        self.input_ids[:] = [newest[row] for row in self.rows.tolist()]
+        """Fill in what a step that was launched ahead began with: `token_ids` int64 [R], just chosen for `rows` int64 [R]."""
+        newest, decodes = dict(zip(rows.tolist(), token_ids.tolist())), slice(self.num_decodes)
+        known = self.input_ids[decodes].tolist()
+        self.input_ids[decodes] = [newest.get(row, token) for row, token in zip(self.rows[decodes].tolist(), known)]
 
 
 def build_batch(rows: Rows, chosen: np.ndarray, num_new: np.ndarray, num_decodes: int) -> Batch:
-    """Lay out the step that computes `num_new` int32 [S] tokens of each of the rows `chosen` int64 [S]."""
+    """Lay out the step that computes `num_new` int32 [S] tokens of each of the rows `chosen` int64 [S]. Pending ones are unknown
+    among the input ids until `learn`; the device knows them."""
     computed = rows.num_computed[chosen]
     cu_seqlens = np.concatenate(([0], np.cumsum(num_new, dtype=np.int64)))
     sequence = np.repeat(np.arange(len(chosen)), num_new)
@@ -81,6 +64,6 @@ def build_batch(rows: Rows, chosen: np.ndarray, num_new: np.ndarray, num_decodes
         positions=positions,
         slot_mapping=block * rows.block_size + positions % rows.block_size,
         block_tables=rows.block_table[chosen, : int(rows.num_blocks[chosen].max())],
-        sampled=np.flatnonzero((context == rows.num_tokens[chosen]) & ~rows.pooled[chosen]),
+        sampled=np.flatnonzero((context == rows.num_coming(chosen)) & ~rows.pooled[chosen]),
         num_decodes=num_decodes,
     )

@@ -118,8 +118,8 @@ class CudaRunner(Runner):
         return self._finish(self.drawing.draw(logits, self._index(rows), self.drawing.work(rows)), logits, rows)
 
     def can_chain(self, batch: Batch) -> bool:
-        """Steps that bring a token to every sequence, drawn by the device itself."""
-        return len(batch.sampled) == len(batch.rows) and not self.drawing.by_torch(batch.rows).size
+        """Steps whose tokens the device chooses by itself."""
+        return not self.drawing.by_torch(batch.rows[batch.sampled]).size
 
     def _finish(self, token_ids: Tensor, logits: Tensor, rows: np.ndarray) -> SampledTokens:
         """Draw again, in torch, for the rows that ask for more than the device knows."""

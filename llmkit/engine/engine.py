@@ -103,42 +103,32 @@ class Engine:
     def step(self) -> StepOutput | None:
         """Finish one batch; None when there is nothing to do.
 
-        Where the device can go on by itself, the batch after it is launched before this one's tokens are read, so that the host's
-        work costs no time. A request that turns out to have ended computes one token for nothing.
+        Where the device chooses tokens by itself, the batch after it is launched before this one's tokens are read, so that the
+        host's work costs no time. A request that turns out to have ended computes one token for nothing.
         """
         flight = self._flying or self._launch()
         if flight is None:
             return None
-        self._flying = self._launch_ahead(flight)
+        self._flying = self._launch(ahead=True) if self.runner.can_chain(flight.batch) else None
         output = self._process(flight)
         self._shortage.relieve(self)
         return output
 
-    def _launch(self) -> Flight | None:
-        """Schedule and run, without waiting for the tokens."""
-        schedule = self.scheduler.schedule()
+    def _launch(self, ahead: bool = False) -> Flight | None:
+        """Schedule and run, without waiting for the tokens. ahead: nor for those of the step before."""
+        schedule = self.scheduler.schedule(ahead)
         if schedule is None:
             return None
         batch = build_batch(self.rows, schedule.rows, schedule.num_new, schedule.num_decodes)
         requests = [self.rows.requests[row] for row in batch.rows[batch.sampled]]
         result = self._shortage.run(self, batch, schedule)
+        if result is None and ahead:
+            return None  # room is made when nothing is under way
         if result is None:
             self._shortage.relieve(self)
             return self._launch()
+        self.scheduler.launched(schedule, batch.rows[batch.sampled])
         return Flight(schedule, batch, [r for r in requests if r is not None], result)
-
-    def _launch_ahead(self, flight: Flight) -> Flight | None:
-        """The same sequences' next tokens, when nobody else wants a turn and the device can sample them by itself."""
-        batch = flight.batch
-        if not self.runner.can_chain(batch):
-            return None
-        going = self.scheduler.go_on(batch.rows, flight.requests)
-        if going is None:
-            return None
-        ahead = batch.after(going)
-        schedule = Schedule(ahead.rows, ahead.num_new, ahead.num_decodes)
-        result = self._shortage.run(self, ahead, schedule)
-        return result and Flight(schedule, ahead, [flight.requests[i] for i in going], result)
 
     def _process(self, flight: Flight) -> StepOutput:
         """Append the new tokens, remember full blocks, end what has ended."""
@@ -155,13 +145,13 @@ class Engine:
         if result.sampled is None:
             return StepOutput(schedule, batch, [], np.empty(0, np.int64), embedded, result.pooled)
         rows, token_ids, requests = batch.rows[batch.sampled], result.sampled.to_host(), flight.requests
+        # not those that were aborted, or ended by the token before, while this step was under way
+        alive = np.flatnonzero([not r.finished for r in requests])
+        rows, token_ids, requests = rows[alive], token_ids[alive], [requests[i] for i in alive]
         if self._flying is not None:
             self._flying.batch.learn(rows, token_ids)
-        if any(r.finished for r in requests):  # aborted, or ended by the token before, while this step was under way
-            alive = [i for i, r in enumerate(requests) if not r.finished]
-            rows, token_ids, requests = rows[alive], token_ids[alive], [requests[i] for i in alive]
         output = StepOutput(schedule, batch, requests, token_ids, embedded, result.pooled)
-        self._keep_logprobs(output, result)
+        self._keep_logprobs(output, result, alive)
         self._append(rows, token_ids, output)
         return output
 
@@ -170,16 +160,18 @@ class Engine:
         if result.pooled is None:
             return []
         result.pooled.keep()
-        for request in result.pooled.requests:
+        done = [r for r in result.pooled.requests if not r.finished]
+        for request in done:
             self.scheduler.finish(request, "stop")
-        return list(result.pooled.requests)
+        return done
 
-    def _keep_logprobs(self, output: StepOutput, result: StepResult) -> None:
+    def _keep_logprobs(self, output: StepOutput, result: StepResult, alive: np.ndarray) -> None:
+        """alive: where among the step's sampled sequences the output's requests are, int64 [R]."""
         top = result.sampled.logprobs if result.sampled else None
         if top is None:
             return
-        for i, request in enumerate(output.requests):
-            if request.params.logprobs is not None and output.token_ids[i] != NO_TOKEN:
+        for i, request, token in zip(alive.tolist(), output.requests, output.token_ids.tolist()):
+            if request.params.logprobs is not None and token != NO_TOKEN:
                 request.logprobs.append(top.row(i, request.params.logprobs, self.token_text))
 
     def _append(self, rows: np.ndarray, token_ids: np.ndarray, output: StepOutput) -> None:

@@ -10,8 +10,9 @@ from llmkit.engine.request import Request
 class Rows:
     """Struct of arrays over rows 0..num_rows-1.
 
-    token_ids: int32 [rows, max_len], prompt then generated. num_prompt, num_tokens (known), num_computed (in the KV cache),
-    num_blocks (held), max_total (where generation must end): int32 [rows]. block_table: int32 [rows, max_blocks].
+    token_ids: int32 [rows, max_len], prompt then generated. num_prompt, num_tokens (known), num_pending (chosen by a step under
+    way, not known yet), num_computed (in the KV cache when all that was launched is done), num_blocks (held), max_total (where
+    generation must end): int32 [rows]. block_table: int32 [rows, max_blocks].
     pooled: bool [rows], those that want a vector and no tokens.
     stop_ids: int32 [rows, width], padded with -1; `stop_from` int32 [rows]: no stop id counts before this length.
     """
@@ -25,6 +26,7 @@ class Rows:
         self.token_ids = np.zeros((num_rows, max_len), np.int32)
         self.num_prompt = np.zeros(num_rows, np.int32)
         self.num_tokens = np.zeros(num_rows, np.int32)
+        self.num_pending = np.zeros(num_rows, np.int32)
         self.num_computed = np.zeros(num_rows, np.int32)
         self.num_blocks = np.zeros(num_rows, np.int32)
         self.num_hashed = np.zeros(num_rows, np.int32)
@@ -45,7 +47,7 @@ class Rows:
         self.requests[row] = request
         self.token_ids[row, : len(tokens)] = tokens
         self.num_prompt[row], self.num_tokens[row] = len(request.prompt), len(tokens)
-        self.num_computed[row] = self.num_blocks[row] = self.num_hashed[row] = 0
+        self.num_pending[row] = self.num_computed[row] = self.num_blocks[row] = self.num_hashed[row] = 0
         self.max_total[row] = request.max_total
         self.pooled[row] = request.pooling is not None
         self._set_stop_ids(row, request)
@@ -73,9 +75,14 @@ class Rows:
         self.grown.add(row)
 
     def append(self, rows: np.ndarray, token_ids: np.ndarray) -> None:
-        """One more token for each of `rows`."""
+        """The tokens that were pending for `rows`."""
         self.token_ids[rows, self.num_tokens[rows]] = token_ids
         self.num_tokens[rows] += 1
+        self.num_pending[rows] -= 1
+
+    def num_coming(self, rows: np.ndarray) -> np.ndarray:
+        """Tokens of each row, those that are pending with them."""
+        return self.num_tokens[rows] + self.num_pending[rows]
 
     def missing_blocks(self, rows: np.ndarray, num_new: np.ndarray) -> np.ndarray:
         """How many blocks each row lacks to compute `num_new` more tokens."""

@@ -86,7 +86,7 @@ class Runner:
 
     def clear(self, blocks: list[int]) -> None:
         """Fill these blocks of the cache with zeros."""
-        self.kv_cache[:, :, torch.tensor(blocks, device=self.device)] = 0
+        self.kv_cache[:, :, torch.tensor(blocks, dtype=torch.int64, device=self.device)] = 0
 
     def can_chain(self, batch: Batch) -> bool:
         """Whether the step after this one may be launched before this one's tokens are on the host."""

@@ -26,8 +26,9 @@ _PATIENCE = 16  # or after so many steps
 @dataclass
 class Schedule:
     """One step: rows int64 [S], the `num_decodes` that compute just their last token first; num_new int32 [S], how many tokens of
-    each to compute; copies: (from, to) blocks to copy before the step (a fork's last, partly filled block). filled: blocks that
-    prompts fill in this step and others may share at once; borrowers: those that do."""
+    each to compute; owners: the requests; ends: int32 [S], how many of their tokens the KV cache holds afterwards. copies: (from,
+    to) blocks to copy before the step (a fork's last, partly filled block). filled: blocks that prompts fill in this step and
+    others may share at once; borrowers: those that do."""
 
     rows: np.ndarray
     num_new: np.ndarray
@@ -37,6 +38,8 @@ class Schedule:
     admitted: list[Request] = field(default_factory=list)
     filled: set[int] = field(default_factory=set)
     borrowers: list[Request] = field(default_factory=list)
+    owners: list[Request] = field(default_factory=list)
+    ends: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))
 
     @property
     def num_tokens(self) -> int:
@@ -100,10 +103,14 @@ class Scheduler:
 
     # ---- one step
 
-    def schedule(self) -> Schedule | None:
-        """Decide the next step; None when nobody can run."""
+    def schedule(self, ahead: bool = False) -> Schedule | None:
+        """Decide the next step; None when nobody can run. ahead: one is under way whose tokens are not known. Then who surely
+        takes another token goes on, and None means, too, that somebody would have to be preempted."""
         result = Schedule(np.empty(0, np.int64), np.empty(0, np.int32))
-        rows, new = self._schedule_running(result)
+        running = self._schedule_running(result, ahead)
+        if running is None:
+            return None
+        rows, new = running
         if not result.preempted:  # who was just sent away must not be followed by somebody later
             self._promise(result, rows, new)
             admitted = self._admit(result, self.token_budget - int(new.sum()))
@@ -111,24 +118,31 @@ class Scheduler:
             new = np.concatenate((new, admitted)).astype(np.int32)
         if not rows.size:
             return None
-        decoding = (new == 1) & (self.rows.num_computed[rows] + 1 == self.rows.num_tokens[rows]) & ~self.rows.pooled[rows]
+        ends = self.rows.num_computed[rows] + new
+        decoding = (new == 1) & (ends == self.rows.num_coming(rows)) & ~self.rows.pooled[rows]
         decoding &= ~np.isin(rows, [r.row for r in result.borrowers])  # decodes attend before the step's prompts are written
         # the longest sequences first: their attention takes longest, and what is begun last should be short
         order = np.argsort(np.where(decoding, -self.rows.num_computed[rows], 1), kind="stable")
         result.rows, result.num_new, result.num_decodes = rows[order], new[order], int(decoding.sum())
+        result.owners = [r for row in result.rows if (r := self.rows.requests[row]) is not None]  # all: they are running
+        result.ends = ends[order]
         if self._forgotten:
             self._introduce(result)
         return result
 
-    def _schedule_running(self, result: Schedule) -> tuple[np.ndarray, np.ndarray]:
-        """Give running requests their tokens, those that decode first: (rows, new tokens of each)."""
+    def _schedule_running(self, result: Schedule, ahead: bool) -> tuple[np.ndarray, np.ndarray] | None:
+        """Give running requests their tokens, those that decode first: (rows, new tokens of each). None as `schedule`."""
         requests = list(self.running)
         rows = np.fromiter((r.row for r in requests), np.int64, len(requests))
-        left = self.rows.num_tokens[rows] - self.rows.num_computed[rows]
+        coming = self.rows.num_coming(rows)
+        ends_now = (self.rows.num_pending[rows] > 0) & (coming >= self.rows.max_total[rows])  # with the token that is pending
+        left = np.where(ends_now, 0, coming - self.rows.num_computed[rows])
         order = np.argsort(left > 1, kind="stable")
         want = np.minimum(left, self.chunk_limit)[order]
         new = np.clip(self.token_budget - (np.cumsum(want) - want), 0, want)
         missing = self.rows.missing_blocks(rows[order], new)
+        if ahead and missing.clip(0).sum() > self.pool.num_free:
+            return None
         for i in np.flatnonzero((missing > 0) & (new > 0)):
             self._make_room(requests[order[i]], int(missing[i]), result)
         keep = new > 0
@@ -249,24 +263,6 @@ class Scheduler:
         request.metrics.scheduled_time = request.metrics.scheduled_time or time.monotonic()
         insort(self.running, request, key=self._key)
 
-    def go_on(self, rows: np.ndarray, requests: list[Request]) -> np.ndarray | None:
-        """Which of the sequences of a step under way, which all get a token, surely take another after it: positions int64 [B].
-
-        They get their blocks. None when somebody else has a turn, or blocks are short: then the next step is planned properly,
-        after this one's tokens are known.
-        """
-        alive = np.fromiter((not r.finished for r in requests), bool, len(requests))
-        if alive.sum() < len(self.running) or self._admission_due():
-            return None
-        going = np.flatnonzero(alive & (self.rows.num_tokens[rows] + 2 <= self.rows.max_total[rows]))
-        rows = rows[going]
-        missing = self.rows.missing_blocks(rows, self.rows.num_tokens[rows] + 1 - self.rows.num_computed[rows])
-        if not going.size or missing.clip(0).sum() > self.pool.num_free:
-            return None
-        for i in np.flatnonzero(missing > 0):
-            self._hold(requests[going[i]], self.pool.allocate(int(missing[i])))
-        return going
-
     # ---- after a step
 
     def give_way(self, failed: Schedule) -> None:
@@ -290,20 +286,24 @@ class Scheduler:
         result.admitted = coming + [r for r in result.admitted if r not in coming]
         result.copies, self._copies = self._copies + result.copies, []
 
+    def launched(self, schedule: Schedule, sampled: np.ndarray) -> None:
+        """A step is under way, and what is launched after it finds its work done: forks of finished prompts may go. sampled: the
+        rows that get a token, int64 [R]."""
+        rows, prompt = schedule.rows, self.rows.num_prompt[schedule.rows]
+        for i in np.flatnonzero((schedule.ends - schedule.num_new < prompt) & (schedule.ends >= prompt)):
+            self._release_forks(schedule.owners[i])
+        self.rows.num_computed[rows] = schedule.ends
+        self.rows.num_pending[sampled] += 1
+
     def computed(self, schedule: Schedule) -> None:
-        """Record that a step's tokens are in the KV cache: remember full blocks, let forks of finished prompts go."""
+        """A step's inputs are known, too: remember the blocks that it filled. A row may have another owner by now."""
         self.token_budget = min(self._full_budget, self.token_budget + 1 + self.token_budget // 1024)
-        rows, before = schedule.rows, self.rows.num_computed[schedule.rows]
-        self.rows.num_computed[rows] += schedule.num_new
-        full = self.rows.num_computed[rows] // self.pool.block_size
-        if self.pool.caching:
-            for row in rows[full > self.rows.num_hashed[rows]]:
-                self._remember(int(row), int(self.rows.num_computed[row]))
-        prompt = self.rows.num_prompt[rows]
-        for row in rows[(before < prompt) & (self.rows.num_computed[rows] >= prompt)]:
-            request = self.rows.requests[row]
-            if request is not None:
-                self._release_forks(request)
+        if not self.pool.caching:
+            return
+        for i in np.flatnonzero(schedule.ends // self.pool.block_size > self.rows.num_hashed[schedule.rows]):
+            row = int(schedule.rows[i])
+            if self.rows.requests[row] is schedule.owners[i]:
+                self._remember(row, int(schedule.ends[i]))
 
     def _remember(self, row: int, end: int) -> list[int]:
         """Make the full blocks of a row's first `end` tokens known; those that were not."""

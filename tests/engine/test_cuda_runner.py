@@ -138,11 +138,34 @@ def test_prompts_that_come_together_share_their_beginning(gpu, plain):
     assert gpu.stats()["prefix_cache_hits"] == 2 * 16
 
 
-def test_numbers_that_broke_are_not_left_to_others(gpu, plain):
+def test_prompts_are_launched_while_the_tokens_before_are_on_their_way(on_the_gpu, folder, plain, monkeypatch):
+    """More requests than rows, prompts in chunks: steps that mix both are launched ahead, too."""
+    prompts = [[5, 6, 7] * n for n in (1, 2, 7, 3, 1)]
+    each = [PENALISED.clone(max_tokens=n) for n in (5, 2, 3, 4, 1)]
+    with load(folder, max_num_seqs=2, max_num_batched_tokens=8) as llm:
+        runner, mixed = llm._engine.runner, []
+        run = runner.run
+
+        def watch(batch, schedule):
+            mixed.append(runner.rows.num_pending[batch.rows].any() and batch.num_decodes < len(batch.rows))
+            return run(batch, schedule)
+
+        monkeypatch.setattr(runner, "run", watch)
+        assert said(llm, each, prompts) == said(plain, each, prompts)
+        assert any(mixed)
+
+
+@pytest.mark.parametrize("kernels", [True, False], ids=["kernels", "torch"])
+def test_numbers_that_broke_are_not_left_to_others(request, folder, plain, kernels):
     expected, broken = said(plain, GREEDY), [99] * 30
-    gpu._engine.model.embedding.weight[99] = float("nan")
-    outputs = gpu.generate([broken, PROMPTS[0]], GREEDY, use_tqdm=False)
-    assert [o.outputs[0].finish_reason for o in outputs] == ["error", "length"]
-    assert outputs[1].outputs[0].token_ids == expected[0]
-    assert gpu._engine.runner.kv_cache.isfinite().all()
-    assert gpu.stats()["kv_blocks_cached"] == 0, "nor found again"
+    if kernels:
+        request.getfixturevalue("on_the_gpu")
+    with load(folder) as llm:
+        embedding = llm._engine.model.embedding
+        embedding.weight = embedding.weight.clone()  # dummy weights are tied: lm_head keeps its own
+        embedding.weight[99] = float("nan")
+        outputs = llm.generate([broken, PROMPTS[0]], GREEDY, use_tqdm=False)
+        assert [o.outputs[0].finish_reason for o in outputs] == ["error", "length"]
+        assert outputs[1].outputs[0].token_ids == expected[0]
+        assert llm._engine.runner.kv_cache.isfinite().all()
+        assert llm.stats()["kv_blocks_cached"] == 0, "nor found again"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import Any
 from unittest import mock
 from zlib import crc32
 
@@ -37,6 +38,16 @@ def next_token(prefix: bytes) -> int:
     return crc32(prefix) % VOCAB
 
 
+class SaidTokens:
+    """Stands for log-probabilities: each names the token that it belongs to."""
+
+    def __init__(self, tokens: list[int]) -> None:
+        self.tokens = tokens
+
+    def row(self, i: int, k: int, decode: object) -> int:
+        return self.tokens[i]
+
+
 class ShadowRunner:
     """Writes and checks prefixes instead of keys and values.
 
@@ -48,7 +59,7 @@ class ShadowRunner:
     def __init__(self, rows: Rows, max_tokens: int, chains: bool) -> None:
         self.max_tokens, self.chains = max_tokens, chains
         self.cache: dict[int, bytes] = {}
-        self.num_chained = self.failures = self.num_failed = 0
+        self.num_chained = self.num_mixed = self.failures = self.num_failed = 0
         self.attach(rows)
 
     def attach(self, rows: Rows) -> None:
@@ -56,7 +67,8 @@ class ShadowRunner:
         self.said: dict[int, bytes] = {}
 
     def can_chain(self, batch: Batch) -> bool:
-        return self.chains and len(batch.sampled) == len(batch.rows)
+        asked = [self.rows.requests[row] for row in batch.rows[batch.sampled]]
+        return self.chains and all(r is None or r.params.logprobs is None for r in asked)  # as torch's sampler makes a GPU wait
 
     def run(self, batch: Batch, schedule: Schedule) -> StepResult:
         self.rows.released.clear()
@@ -64,12 +76,15 @@ class ShadowRunner:
         for source, target in schedule.copies:
             for i in range(size):
                 self.cache[target * size + i] = self.cache.get(source * size + i, b"")
-        ahead = (batch.slot_mapping < 0).any()
-        prefixes = [self.said[row] if ahead else self.known(row) for row in batch.rows.tolist()]
-        if ahead:
-            self.num_chained += 1
-            self.find_slots(batch)
-            batch.input_ids[:] = [p[-1] for p in prefixes]
+        pending = self.rows.num_pending[batch.rows] > 0
+        prefixes = [self.said[row] if on_its_way else self.known(row) for row, on_its_way in zip(batch.rows.tolist(), pending)]
+        self.num_chained += pending.any()
+        self.num_mixed += pending.any() and batch.num_decodes < len(batch.rows)
+        for i in np.flatnonzero(pending):
+            assert i < batch.num_decodes
+            batch.input_ids[i] = prefixes[i][-1]
+        last = batch.positions[batch.cu_seqlens[1:] - 1]
+        assert (last // size < self.rows.num_blocks[batch.rows]).all(), "no block for a token"
         self.check_layout(batch, prefixes, {r.row for r in schedule.borrowers})
         spans = list(enumerate(self.spans(batch, prefixes)))
         self.write_and_read(batch, spans[: batch.num_decodes])
@@ -80,7 +95,8 @@ class ShadowRunner:
         self.write_and_read(batch, spans[batch.num_decodes :])
         tokens = [next_token(prefixes[i]) for i in batch.sampled]
         self.said |= {int(batch.rows[i]): prefixes[i] + bytes([t]) for i, t in zip(batch.sampled, tokens)}
-        return StepResult(SampledTokens(torch.tensor(tokens), None) if tokens else None, [])
+        top: Any = SaidTokens(tokens)
+        return StepResult(SampledTokens(torch.tensor(tokens), top) if tokens else None, [])
 
     def write_and_read(self, batch: Batch, spans: list[tuple[int, tuple[bytes, int, int, int]]]) -> None:
         size = self.rows.block_size
@@ -96,12 +112,6 @@ class ShadowRunner:
     def known(self, row: int) -> bytes:
         """What the host knows of a row."""
         return self.rows.token_ids[row, : self.rows.num_tokens[row]].astype(np.uint8).tobytes()
-
-    def find_slots(self, batch: Batch) -> None:
-        """As a GPU finds them: in its own copy of the block tables."""
-        size = self.rows.block_size
-        assert (batch.positions // size < self.rows.num_blocks[batch.rows]).all(), "no block for the new token"
-        batch.slot_mapping[:] = self.rows.block_table[batch.rows, batch.positions // size] * size + batch.positions % size
 
     @staticmethod
     def spans(batch: Batch, prefixes: list[bytes]) -> list[tuple[bytes, int, int, int]]:
@@ -119,6 +129,7 @@ class ShadowRunner:
             assert batch.input_ids[span].tolist() == list(prefix[start:end])
             decodes = end - start == 1 and end == len(prefix) and int(batch.rows[i]) not in borrowers
             assert decodes == (i < batch.num_decodes), "those that compute just their last token come first"
+        assert (batch.context_lens < self.rows.max_total[batch.rows]).all(), "the last token's key is of no use to anybody"
         assert batch.sampled.tolist() == [i for i, (p, _, e, _) in enumerate(self.spans(batch, prefixes)) if e == len(p)]
 
 
@@ -137,6 +148,7 @@ class House:
     everybody: list[Request] = field(default_factory=list)
     num_copies: int = 0
     num_borrowers: int = 0
+    first_before: Request | None = None
 
     @property
     def runner(self) -> ShadowRunner:
@@ -156,7 +168,8 @@ class House:
         total = min(self.max_len, len(prompt) + max_tokens)
         family: list[Request] = []
         for _ in range(n):
-            request = Request(f"r{len(self.everybody)}", np.array(prompt, np.int32), SamplingParams(), stop_ids=(EOS,),
+            params = SamplingParams(logprobs=None if len(prompt) % 5 else 1)
+            request = Request(f"r{len(self.everybody)}", np.array(prompt, np.int32), params, stop_ids=(EOS,),
                               max_total=total, priority=priority, fork_of=family[0] if family else None)  # fmt: skip
             self.engine.add(request)
             family.append(request)
@@ -181,9 +194,11 @@ class House:
             self.num_copies += len(output.schedule.copies)
             self.num_borrowers += len(output.schedule.borrowers)
             roomy &= self.engine.scheduler.token_budget == self.budget
-            if first_ran and roomy and first is not None:
+            settled = first is self.first_before or not self.chains  # else the step was planned when another was the first
+            if first_ran and roomy and settled and first is not None:
                 assert first not in output.schedule.preempted
                 assert first.row in output.batch.rows or first.finished, "the one that came first did not go on"
+        self.first_before = first
         self.check_books()
 
     def check_books(self) -> None:
@@ -223,6 +238,7 @@ class House:
         for request in self.everybody:
             said = request.generated.tolist()
             expected = alone(request.prompt.tolist(), request.max_total)
+            assert request.logprobs == ([] if request.params.logprobs is None else said)
             if id(request) in aborted:
                 assert said == expected[: len(said)]
             else:
@@ -389,6 +405,19 @@ def test_decodes_go_on_while_a_long_prompt_is_chunked():
         assert len(house.engine.rows.generated(first.row)) == before + 1
 
 
+def test_who_leaves_a_step_under_way_takes_nobody_elses_logprobs_along():
+    house = House(num_blocks=60, block_size=4, num_rows=4, budget=16, chains=True)
+    leaves = house.add([0, 1, 0], 20)[0]
+    house.step()
+    stays = house.add([1] * 5, 6)[0]  # with log-probabilities
+    house.step()
+    assert stays.status is Status.RUNNING
+    assert len(stays.logprobs) == 0, "its first step is under way"
+    house.engine.abort([leaves])
+    house.drain()
+    house.check_answers({id(leaves)})
+
+
 def test_a_chain_of_decodes_leaves_no_prompt_behind():
     """The first prompt's last chunk fills the step; its decodes must not go on alone while the second one waits in a row."""
     house = House(num_blocks=60, block_size=4, num_rows=4, budget=8, chunk_limit=4, chains=True)
@@ -433,3 +462,4 @@ def test_a_chained_engine_says_the_same_and_does_chain():
     house.drain()
     house.check_answers(set())
     assert house.runner.num_chained > 3
+    assert house.runner.num_mixed > 0

@@ -10,7 +10,18 @@ import json
 import sys
 
 import torch
-from llmkit_kernels import activation, decode_attention, gemm, launch, norm, prefill_attention, rope_cache, sampling
+from llmkit_kernels import (
+    activation,
+    decode_attention,
+    filters,
+    gemm,
+    launch,
+    norm,
+    penalties,
+    prefill_attention,
+    rope_cache,
+    sampling,
+)  # fmt: skip
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
@@ -83,14 +94,22 @@ def others() -> None:
     norm.add_rms_norm(empty(4, 8, 3584, dtype=torch.float32), empty(8, 3584), empty(3584), 1e-6)
     norm.embed_rms_norm(empty(100, 64), empty(8, dtype=torch.int64), None, empty(64), 1e-6)
     activation.silu_mul_pairs(empty(4, 512))
-    rows, floats = empty(4, dtype=torch.int64), empty(4, dtype=torch.float32)
-    scratch = sampling.SampleScratch(4, 32000, CPU)
-    sampling.sample(empty(4, 32000, dtype=torch.float32), rows, floats, rows, rows, rows, rows, scratch, 4)
+
+
+def choosing() -> None:
+    logits, rows, ints = empty(4, 32000, dtype=torch.float32), empty(4, dtype=torch.int64), empty(4, dtype=torch.int32)
+    floats, scratch = empty(4, dtype=torch.float32), sampling.SampleScratch(4, 32000, CPU)
+    before = penalties.Penalties(floats, floats, floats, empty(4, 32000, dtype=torch.int16))
+    penalties.penalise(logits, rows, before)
+    kept = filters.keep(logits, rows, floats, filters.Cuts(ints, floats, ints), filters.FilterScratch(4, 32000, CPU))
+    for among in (None, kept):
+        sampling.sample(logits, rows, floats, rows, rows, rows, rows, scratch, 4, among)
+    penalties.count(rows, rows, before, 4)
 
 
 if __name__ == "__main__":
     shared: dict[str, int] = {}
     pretend(shared)
-    for family in (products, attention, others):
+    for family in (products, attention, others, choosing):
         family()
     print(json.dumps(shared))

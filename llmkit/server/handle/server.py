@@ -280,10 +280,21 @@ def _end(process: Any, timeout: float) -> None:
 
     family = [process, *process.children(recursive=True)]
     process.terminate()
-    for left in psutil.wait_procs(family, timeout)[1]:
+    for left in _wait(family, timeout):
         with contextlib.suppress(psutil.NoSuchProcess):
             left.kill()
-    psutil.wait_procs(family, 5)
+    _wait(family, 5)
+
+
+def _wait(family: list[Any], timeout: float) -> list[Any]:
+    """Those that still run after `timeout` seconds. One that has ended and waits for its parent to notice does not run; the parent
+    may be a notebook's kernel that has other things to do, so psutil.wait_procs would wait in vain."""
+    end = time.monotonic() + timeout
+    while True:
+        left = [p for p in family if records.is_running(p.pid, p.create_time())]
+        if not left or time.monotonic() >= end:
+            return left
+        time.sleep(0.02)
 
 
 def _openai() -> Any:
