@@ -13,6 +13,7 @@ import pytest
 
 import llmkit
 from llmkit.errors import EngineUnavailableError, LlmkitError, ModelNotFoundError, UnknownOptionError
+from llmkit.server.handle import server as server_module
 from llmkit.server.handle import start as handle
 from llmkit.server.handle.list_view import servers
 from llmkit.server.handle.server import Server, ServerDiedError, ServerTimeoutError, find, records, stop_servers
@@ -35,6 +36,18 @@ def test_it_serves_and_stops_and_leaves_no_process(ends):
     server.stop()
     with pytest.raises(EngineUnavailableError, match="was stopped"):
         _ = server.url
+
+
+def test_one_whose_parent_does_not_notice_its_end_is_stopped_at_once():
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])  # a zombie once it has ended
+    try:
+        begin = time.monotonic()
+        server_module._end(psutil.Process(child.pid), 10)
+        assert time.monotonic() - begin < 5
+        assert psutil.Process(child.pid).status() == psutil.STATUS_ZOMBIE
+    finally:
+        child.kill()
+        child.wait()
 
 
 def test_the_openai_client_is_ready_made_and_takes_no_proxy(monkeypatch):

@@ -287,8 +287,8 @@ def _end(process: Any, timeout: float) -> None:
 
 
 def _wait(family: list[Any], timeout: float) -> list[Any]:
-    """Those that still run after `timeout` seconds. One that has ended and waits for its parent to notice does not run; the parent
-    may be a notebook's kernel that has other things to do, so psutil.wait_procs would wait in vain."""
+    """Those that still run after `timeout` seconds. One that has ended and waits for its parent to notice does not: the parent
+    may be a notebook's kernel that has other things to do, and psutil.wait_procs would wait in vain."""
     end = time.monotonic() + timeout
     while True:
         left = [p for p in family if records.is_running(p.pid, p.create_time())]
