@@ -64,6 +64,7 @@ class Decoder:
         tied = config.tie_embeddings or not weights.has("lm_head.weight")
         head = embedding if tied else load.tensor("lm_head.weight", config.vocab_size, config.hidden_size)
         self.lm_head = LMHead(head)
+        weights.release()
         self.weight_bytes = load.bytes
         self.attention_width = config.num_heads * config.head_dim
 
@@ -126,12 +127,14 @@ class _Loader:
 
     def layer(self, i: int) -> DecoderLayer:
         c, prefix = self.config, f"model.layers.{i}."
-        return DecoderLayer(
+        layer = DecoderLayer(
             input_norm=self.norm(prefix + "input_layernorm.weight", c.hidden_size),
             attention=self._attention(i, prefix + "self_attn."),
             post_norm=self.norm(prefix + "post_attention_layernorm.weight", c.hidden_size),
             mlp=self._mlp(prefix + "mlp."),
         )
+        self.weights.release()  # a packed or merged matrix needs its file no more
+        return layer
 
     def _attention(self, i: int, prefix: str) -> Attention:
         c = self.config

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import mmap
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable
@@ -60,6 +61,10 @@ class WeightSource(Protocol):
         """CPU tensor in the file's dtype. WeightsError when it is missing, unusable, or not of `shape` (from config.json)."""
         ...
 
+    def release(self) -> None:
+        """What was read need not stay in memory: it was copied, or may be read again. Nothing was written to the tensors."""
+        ...
+
     def close(self) -> None:
         """Let go of the files; tensors already handed out stay valid."""
         ...
@@ -79,7 +84,7 @@ class SafetensorsSource:
     """A folder's model.safetensors, or the shards that its index (or, without one, the folder) names."""
 
     def __init__(self, folder: Path) -> None:
-        self._mapped: dict[Path, torch.Tensor] = {}
+        self._mapped: dict[Path, tuple[mmap.mmap, torch.Tensor]] = {}
         self._closed = False
         files, wanted = _files_of(Path(folder))
         self._where: dict[str, tuple[Path, Entry]] = {}
@@ -126,6 +131,12 @@ class SafetensorsSource:
             )
         return file, entry
 
+    def release(self) -> None:
+        """Pages of a mapped file count as this process's memory, although the system could take them back."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            for pages, _ in self._mapped.values():
+                pages.madvise(mmap.MADV_DONTNEED)
+
     def close(self) -> None:
         self._mapped.clear()
         self._closed = True
@@ -162,8 +173,10 @@ class SafetensorsSource:
     def _map(self, file: Path) -> torch.Tensor:
         """The whole file as uint8, copy-on-write: nothing written to a tensor can reach the file."""
         if file not in self._mapped:
-            self._mapped[file] = torch.from_file(str(file), shared=False, size=file.stat().st_size, dtype=torch.uint8)
-        return self._mapped[file]
+            with file.open("rb") as stream:
+                pages = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
+            self._mapped[file] = pages, torch.frombuffer(pages, dtype=torch.uint8)
+        return self._mapped[file][1]
 
 
 class DummySource:
@@ -197,6 +210,9 @@ class DummySource:
         size = math.prod(shape)
         noise = torch.empty(min(size, self.BLOCK)).normal_(0, 0.02, generator=self._generator(name)).to(self.device, self.dtype)
         return noise.repeat(-(-size // max(1, len(noise))))[:size].view(shape)
+
+    def release(self) -> None:
+        """Nothing is kept."""
 
     def close(self) -> None:
         """Nothing is open."""

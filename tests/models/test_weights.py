@@ -1,8 +1,10 @@
 """Reading safetensors: values, laziness, and an error that names file and tensor for everything that can be wrong."""
 
 import json
+import mmap
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -55,6 +57,22 @@ def test_reads_shards_with_and_without_index(tmp_path, keep_index):
     if not keep_index:
         (tmp_path / "model.safetensors.index.json").unlink()
     check_all(SafetensorsSource(tmp_path))
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_DONTNEED"), reason="this system cannot be told")
+def test_what_was_read_leaves_memory_and_is_read_again(tmp_path):
+    large, process = torch.arange(8 * 2**20, dtype=torch.float32), psutil.Process()  # 32 MiB
+    save_file({"large": large}, tmp_path / "model.safetensors")
+    source = SafetensorsSource(tmp_path)
+    before = process.memory_info().rss
+    tensor = source.get("large")
+    assert torch.equal(tensor, large)
+    read = process.memory_info().rss
+    assert read - before > 24 * 2**20
+    source.release()
+    assert read - process.memory_info().rss > 24 * 2**20
+    source.close()
+    assert torch.equal(tensor, large)
 
 
 def test_tensors_are_mapped_outlive_close_and_never_write_to_the_file(tmp_path):
