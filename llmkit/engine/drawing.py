@@ -48,18 +48,18 @@ class Drawing:
     def load(self, requests: Sequence[Request]) -> None:
         """Take over the parameters of requests whose rows are new. Rows of torch's road ask for nothing here."""
         ids = np.array([r.row for r in requests])
-        by_torch = np.isin(np.arange(len(ids)), self.by_torch(ids))
+        by_torch = _mask(self.by_torch(ids), len(ids))
         at, s = self._send(ids), self.sampling
         greedy = (s.temperature.host[ids] < GREEDY_BELOW) | (s.top_k.host[ids] == 1)
         self.state.seed[at] = self._send(np.array([r.seed & (2**62 - 1) for r in requests]))
         self.state.temperature[at] = self._send(np.where(greedy, np.float32(0), s.temperature.host[ids]))
-        cutting = self._flags("filtered", ids) & ~greedy & ~by_torch
+        cutting = _mask(s.using("filtered", ids), len(ids)) & ~greedy & ~by_torch
         top_k = np.where(cutting & (s.top_k.host[ids] < s.vocab_size), s.top_k.host[ids], filters.NO_LIMIT)
         furthest = [filters.furthest(float(p)) if cut else filters.NO_LIMIT for p, cut in zip(s.min_p.host[ids], cutting)]
         self.cuts.top_k[at] = self._send(top_k.astype(np.int32))
         self.cuts.top_p[at] = self._send(np.where(cutting, s.top_p.host[ids], np.float32(1)))
         self.cuts.furthest[at] = self._send(np.array(furthest, np.int32))
-        penalised = self._flags("penalised", ids) & ~by_torch
+        penalised = _mask(s.using("penalised", ids), len(ids)) & ~by_torch
         self._load_penalties(ids, at, penalised)
         self._work[ids] = np.where(penalised, Work.PENALISE, np.where(cutting, Work.FILTER, Work.DRAW))
 
@@ -108,8 +108,12 @@ class Drawing:
             penalties.count(token_ids, rows, self.penalties, s.num_rows)
         return token_ids
 
-    def _flags(self, feature: str, ids: np.ndarray) -> np.ndarray:
-        return np.isin(np.arange(len(ids)), self.sampling.using(feature, ids))
-
     def _send(self, values: np.ndarray) -> Tensor:
         return torch.from_numpy(values).to(self.device)
+
+
+def _mask(positions: np.ndarray, count: int) -> np.ndarray:
+    """bool [count], True at these positions."""
+    mask = np.zeros(count, bool)
+    mask[positions] = True
+    return mask

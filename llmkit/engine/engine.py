@@ -120,7 +120,6 @@ class Engine:
         if schedule is None:
             return None
         batch = build_batch(self.rows, schedule.rows, schedule.num_new, schedule.num_decodes)
-        requests = [self.rows.requests[row] for row in batch.rows[batch.sampled]]
         result = self._shortage.run(self, batch, schedule)
         if result is None and ahead:
             return None  # room is made when nothing is under way
@@ -128,7 +127,7 @@ class Engine:
             self._shortage.relieve(self)
             return self._launch()
         self.scheduler.launched(schedule, batch.rows[batch.sampled])
-        return Flight(schedule, batch, [r for r in requests if r is not None], result)
+        return Flight(schedule, batch, [schedule.owners[i] for i in batch.sampled], result)
 
     def _process(self, flight: Flight) -> StepOutput:
         """Append the new tokens, remember full blocks, end what has ended."""
