@@ -95,7 +95,8 @@ def _run_client(spec: str, scratch: Path, bar: Bar) -> Path:
     command = _command(spec, target)
     environment = {**os.environ, "TMPDIR": str(temporary), "TEMP": str(temporary), "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
     if command[0] != sys.executable:
-        environment |= uv_environment() | {"UV_NO_CACHE": "1"}  # its cache would hold the wheel a second time
+        own = {"UV_NO_CACHE": "1", "COLUMNS": "10000"}  # its cache would hold the wheel twice; a reason in one line can be found
+        environment |= uv_environment() | own
     with log.open("wb") as out:
         client = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment)
         try:

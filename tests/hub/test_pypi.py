@@ -174,6 +174,7 @@ def test_uv_fetches_where_pip_is_absent(mirror, tmp_path, monkeypatch, way):
     if not shutil.which("uv") and not (Path(sys.executable).parent / "uv").exists():
         pytest.skip("uv is not installed: pip install uv")
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("COLUMNS", "80")  # as in many kernels: uv wraps what it says
     address, asked = mirror
     if way == "pip.conf":
         (tmp_path / "pip.conf").write_text(f"[global]\nindex-url = {address}\n")
