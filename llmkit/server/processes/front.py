@@ -1,6 +1,7 @@
 """A front: HTTP and the text side of requests, in one event loop. No torch here.
 
-The port is open before anything is loaded: who comes early is told to come again, instead of finding nobody.
+The first ones answer before anything is loaded: who comes early is told to come again, instead of finding nobody. One that takes
+the place of another answers when it can: until then there are the others, and the queue of the listening socket.
 """
 
 from __future__ import annotations
@@ -68,19 +69,22 @@ class HttpFront:
         self._numbers = None if numbers is None else Shared(numbers, number, count)
         self._door = Door(self.link)
         self._server: Any = None
+        self._has_tokenizer = asyncio.Event()
         self.up = asyncio.Event()
 
-    async def serve(self) -> None:
-        """Answer until `stop`. Everything that takes time is imported beside the loop."""
+    async def serve(self, early: bool = True) -> None:
+        """Answer until `stop`. Everything that takes time is imported beside the loop. early: see the top of this file."""
         self._server = await aside(_uvicorn_server, self._door, self._plan)
-        task = asyncio.create_task(self._server.serve(sockets=[self._listening]))
+        serving = asyncio.create_task(self._server.serve(sockets=[self._listening])) if early else None
         self._door.app = await aside(self._create_app)
+        await self._has_tokenizer.wait()
         self.up.set()
-        await task
+        await (serving or self._server.serve(sockets=[self._listening]))
 
     async def read_tokenizer(self, home: Path) -> None:
         """Read the tokenizer from its folder."""
         self.link.tokenizer = await aside(Tokenizer.from_folder, home, self._plan.engine.trust_remote_code)
+        self._has_tokenizer.set()
 
     def connect_engine(self, channel: socket.socket, ready: Ready) -> None:
         """A ready engine."""

@@ -53,7 +53,7 @@ class FrontServer:
         log_to_stderr(plan.serving.log_level)
         listening, numbers = self._channel.take_socket(), self._channel.files.popleft()
         self._front = HttpFront(plan, listening, order.number, order.count, numbers, self._shelf)
-        self._do(self._serve(self._front), then_end=True)
+        self._do(self._front.serve(order.early), then_end=True)
         self._do(self._get_ready(self._front, Path(order.folder)))
 
     def _obey(self, front: HttpFront, message: Any) -> None:
@@ -67,9 +67,6 @@ class FrontServer:
             self._shelf.hear(message)
         elif isinstance(message, Stop):
             self._do(front.stop(message.seconds))
-
-    async def _serve(self, front: HttpFront) -> None:
-        await front.serve()
 
     async def _get_ready(self, front: HttpFront, home: Path) -> None:
         await front.read_tokenizer(home)

@@ -35,7 +35,6 @@ class OneFront:
 
     def __init__(self, plan: Plan, listening: socket.socket, keeper: EngineKeeper) -> None:
         self._front = HttpFront(plan, listening)
-        self._has_tokenizer = asyncio.Event()
         keeper.add_front(self._front)
 
     async def run(self, home: asyncio.Future[Path]) -> None:
@@ -43,11 +42,9 @@ class OneFront:
         async with asyncio.TaskGroup() as group:
             group.create_task(self._front.serve())
             await self._front.read_tokenizer(await asyncio.shield(home))
-            self._has_tokenizer.set()
 
     async def wait_until_up(self) -> None:
         """Until it answers."""
-        await self._has_tokenizer.wait()
         await self._front.up.wait()
 
     def tell(self, stage: Stage) -> None:
@@ -94,22 +91,23 @@ class ManyFronts:
                 group.create_task(self._keep(number, home))
 
     async def _keep(self, number: int, home: asyncio.Future[Path]) -> None:
-        delay = FIRST_DELAY
+        delay, first = FIRST_DELAY, True
         while not self._stopping:
             begin = time.monotonic()
-            how = await self._one_life(number, home)
+            how = await self._one_life(number, home, early=first)
+            first = False
             delay = FIRST_DELAY if time.monotonic() - begin > YOUNG else min(2 * delay, LONGEST_DELAY)
             if not self._stopping:
                 log.warning("%s; another one is started in %.1f s", how, delay)
                 await asyncio.sleep(delay)
 
-    async def _one_life(self, number: int, home: asyncio.Future[Path]) -> str:
+    async def _one_life(self, number: int, home: asyncio.Future[Path], early: bool) -> str:
         child = await Child.start("llmkit.server.processes.front_process", f"front {number}")
         front = self._alive[number] = FrontProcess(child)
         desk = ShelfDesk(self._shelf, child.send)
         try:
             folder = str(await asyncio.shield(home))
-            child.send(BeFront(self._plan.to_plain(), folder, number, self._plan.serving.api_server_count),
+            child.send(BeFront(self._plan.to_plain(), folder, number, self._plan.serving.api_server_count, early),
                        (self._listening.fileno(), self._numbers.fileno()))  # fmt: skip
             self._keeper.add_front(front)
             async for message in child.messages():

@@ -70,12 +70,13 @@ class NewFront(Message):
 
 class BeFront(Message):
     """To a new front: the listening socket and the file of the metrics come with this. It is number `number` of `count`.
-    plan: of `Plan.to_plain`."""
+    early: answer while it gets ready. plan: of `Plan.to_plain`."""
 
     plan: dict[str, Any]
     folder: str
     number: int
     count: int
+    early: bool
 
 
 class NewEngine(Message):

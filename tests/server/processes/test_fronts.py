@@ -11,7 +11,7 @@ import pytest
 
 @pytest.fixture(scope="module")
 def pair(start_once):
-    return start_once("--api-server-count", "2", "--engine-timeout", "2")
+    return start_once("--api-server-count", "2", "--engine-timeout", "4")
 
 
 def processes(server):
@@ -35,7 +35,7 @@ def ask_both(server, path="/server_info"):
 
     def ask():
         answer = httpx.get(server.url + path)
-        met.update({a["pid"]: a for a in [answer.json()] if answer.status_code == 200})  # one that starts says 503
+        met[answer.raise_for_status().json()["pid"]] = answer.json()
         return len(met) == 2
 
     server.until("both fronts", ask)
@@ -79,10 +79,25 @@ def test_the_engine_frees_what_a_killed_front_had_asked_for(pair):
             front.kill()
         with pytest.raises(httpx.RemoteProtocolError):
             list(reader)
-    pair.until("fronts", lambda: len(processes(pair)[0]) == 2)
-    pair.until("health", pair.healthy)
-    pair.until("free blocks", lambda: pair.stats().get("running") == 0, 5)
+    psutil.wait_procs(fronts, 10)
+    assert pair.get("/health").status_code == 200  # who comes now waits for the next front, and is not sent away
+    pair.until("free blocks", lambda: all(a["stats"].get("running") == 0 for a in ask_both(pair).values()))
     assert processes(pair)[1].pid == before
+
+
+def test_a_front_that_takes_the_place_of_another_is_met_when_it_can_answer(pair):
+    dead, other = processes(pair)[0]
+    dead.kill()
+    psutil.wait_procs([dead], 10)
+    answers = []
+
+    def the_new_one_answers():
+        answers.append(pair.get("/server_info"))
+        return answers[-1].status_code != 200 or answers[-1].json()["pid"] not in (dead.pid, other.pid)
+
+    pair.until("the new front", the_new_one_answers)
+    assert {a.status_code for a in answers} == {200}
+    assert answers[-1].json()["healthy"]
 
 
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "hung"])
