@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -32,9 +33,16 @@ class Serving:
         argv = [sys.executable, "-m", *command, *words, "--run-file", str(self.run_file)]
         with self.log.open("w") as log:
             self.process = subprocess.Popen(argv, stdin=stdin, stdout=log, stderr=log, env=env, start_new_session=True)
-        one_use = httpx.Limits(max_connections=100, max_keepalive_connections=0)  # threads may find a kept one closed under them
-        self.http = httpx.Client(timeout=PATIENCE, trust_env=False, limits=one_use)
+        self._clients = threading.local()
         self.family: set[psutil.Process] = set()
+
+    @property
+    def http(self) -> httpx.Client:
+        """This thread's client, with a new connection for each request: httpx closes one thread's under another's hands."""
+        if not hasattr(self._clients, "mine"):
+            one_use = httpx.Limits(max_keepalive_connections=0)
+            self._clients.mine = httpx.Client(timeout=PATIENCE, trust_env=False, verify=False, limits=one_use)
+        return self._clients.mine
 
     def until(self, what: str, holds: Callable[[], Any], seconds: float = PATIENCE) -> Any:
         """Wait for something to hold; what it was."""
@@ -117,7 +125,6 @@ class Serving:
             finally:
                 for process in (p for p in self.family if p.is_running()):
                     process.kill()
-        self.http.close()
         _, left = psutil.wait_procs(self.family, 5)
         assert not left, f"orphans: {left}"
 
