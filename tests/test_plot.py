@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
 README = (ROOT / "README.md").read_text("utf-8")
 MAIN_JOB = 'pip install -e ".[notebook]" && llmkit demo'
-TESTS = 'pip install -e ".[test]" && python -m pytest'
+TESTS = 'pip install -e ".[test]" && python -m pytest -n 2 --dist loadfile'
 TOP = {"pyproject.toml", "environment.yml", "README.md", "LICENSE", "notebooks", "llmkit", "kernels", "tests"}
 
 

@@ -31,7 +31,8 @@ class Penalties:
 
 def counted(prompt: Tensor, generated: Tensor, vocab: int) -> Tensor:
     """A row of counts, int16 [V], of two lists of tokens, int64."""
-    times = torch.bincount(generated, minlength=vocab).clamp_max(_MOST.value // 2) * 2
+    times = torch.zeros(vocab, dtype=torch.int64, device=generated.device)  # bincount would wait for the device
+    times = times.scatter_add_(0, generated, torch.ones_like(generated)).clamp_max(_MOST.value // 2) * 2
     times[prompt] += 1
     return times.to(torch.int16)
 

@@ -148,12 +148,11 @@ def cache_descriptor(cache: Tensor) -> object | None:
     return descriptor(cache.view(-1, cache.shape[-1]), TILE, cache.shape[-1])
 
 
-def query_tiles(query_lens: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Tiles of at most QUERY_TILE queries over runs of `query_lens` int [S] tokens: int32 (sequence, first query) of each,
+def query_tiles(query_lens: np.ndarray) -> np.ndarray:
+    """Tiles of at most QUERY_TILE queries over runs of `query_lens` int [S] tokens: int32 [2, tiles], sequence and first query,
     longest runs' last tiles (the ones with most keys) not held back to the end."""
     counts = -(-query_lens // QUERY_TILE)
     sequence = np.repeat(np.arange(len(query_lens)), counts)
     first = (np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)) * QUERY_TILE
     order = np.argsort(-first, kind="stable")
-    both = torch.from_numpy(np.stack((sequence[order], first[order])).astype(np.int32)).to(device)
-    return both[0], both[1]
+    return np.stack((sequence[order], first[order])).astype(np.int32)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from llmkit.attention.choice import flash_attention
@@ -13,6 +12,7 @@ from llmkit.attention.triton import TritonBackend, TritonStep
 from llmkit.engine.batch import Batch
 from llmkit.layers.attention import Attention
 from llmkit.layers.rotary import RotaryEmbedding
+from llmkit.transfer import send
 
 
 class FlashBackend(TritonBackend):
@@ -30,7 +30,7 @@ class FlashBackend(TritonBackend):
             return step
         own = {f.name: getattr(step, f.name) for f in fields(step)}
         contexts = batch.context_lens[step.num_decodes :]
-        ends = torch.from_numpy(np.concatenate(([0], np.cumsum(contexts))).astype(np.int32)).to(self.kv_cache.device)
+        ends = send(np.concatenate(([0], np.cumsum(contexts))).astype(np.int32), self.kv_cache.device)
         longest = int(batch.num_new[step.num_decodes :].max()), int(contexts.max())
         return FlashStep(**own, backend=self, key_ends=ends, longest=longest)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from llmkit.engine.batch import Batch
 from llmkit.layers.attention import Attention
 from llmkit.layers.rotary import RotaryEmbedding
+from llmkit.transfer import send
 
 
 class TritonBackend:
@@ -32,10 +33,11 @@ class TritonBackend:
         device, n = self.kv_cache.device, batch.num_decodes
         runs = None
         if n < len(batch.rows):
-            cu_seqlens = torch.from_numpy((batch.cu_seqlens[n:] - n).astype(np.int32)).to(device)
-            contexts = torch.from_numpy(batch.context_lens[n:].astype(np.int32)).to(device)
-            runs = PromptRuns(cu_seqlens, contexts, prefill_attention.query_tiles(batch.num_new[n:], device))
-        tables = torch.from_numpy(batch.block_tables).to(device)
+            cu_seqlens = send((batch.cu_seqlens[n:] - n).astype(np.int32), device)
+            contexts = send(batch.context_lens[n:].astype(np.int32), device)
+            sequence, first = send(prefill_attention.query_tiles(batch.num_new[n:]), device).unbind(0)
+            runs = PromptRuns(cu_seqlens, contexts, (sequence, first))
+        tables = send(batch.block_tables, device)
         decodes = self._decodes(positions[:n], tables, None) if n else None
         return self.step(positions, slot_mapping, tables, n, decodes, runs)
 

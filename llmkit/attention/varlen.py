@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from llmkit_kernels import reference
 from torch import Tensor
 
@@ -14,6 +13,7 @@ from llmkit.attention.reference import ReferenceBackend, ReferenceStep
 from llmkit.engine.batch import Batch
 from llmkit.layers.attention import Attention
 from llmkit.layers.rotary import RotaryEmbedding
+from llmkit.transfer import send
 
 
 class VarlenBackend(ReferenceBackend):
@@ -28,8 +28,8 @@ class VarlenBackend(ReferenceBackend):
         self.varlen = attend
 
     def prepare(self, batch: Batch, positions: Tensor, slot_mapping: Tensor) -> VarlenStep:
-        def send(values: np.ndarray) -> Tensor:
-            return torch.from_numpy(values.astype(np.int32)).to(self.kv_cache.device)
+        def sent(values: np.ndarray) -> Tensor:
+            return send(values.astype(np.int32), self.kv_cache.device)
 
         return VarlenStep(
             *self.rotary.at(positions),
@@ -37,9 +37,9 @@ class VarlenBackend(ReferenceBackend):
             plans={},
             kv_cache=self.kv_cache,
             backend=self,
-            cu_seqlens=send(batch.cu_seqlens),
-            contexts=send(batch.context_lens),
-            block_tables=send(batch.block_tables),
+            cu_seqlens=sent(batch.cu_seqlens),
+            contexts=sent(batch.context_lens),
+            block_tables=sent(batch.block_tables),
             longest=(int(batch.num_new.max()), int(batch.context_lens.max())),
         )
 

@@ -19,6 +19,7 @@ from llmkit.engine.graphs import DeviceRows
 from llmkit.engine.request import Request
 from llmkit.engine.rows import Rows
 from llmkit.engine.sampling_rows import FEATURES, GREEDY_BELOW, SamplingRows
+from llmkit.transfer import send
 
 _ON_THE_DEVICE = {"sampled", "filtered", "penalised"}
 _BY_TORCH = tuple(f for f in FEATURES if f not in _ON_THE_DEVICE)
@@ -109,7 +110,7 @@ class Drawing:
         return token_ids
 
     def _send(self, values: np.ndarray) -> Tensor:
-        return torch.from_numpy(values).to(self.device)
+        return send(values, self.device)
 
 
 def _mask(positions: np.ndarray, count: int) -> np.ndarray:

@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llmkit.transfer import fill, send
+
 SIZES = [1, 2, 4, 8, 12, 16, 24, 32, 40, 48, 56, 64, *range(80, 257, 16), *range(288, 1025, 32)]
 
 
@@ -36,7 +38,7 @@ class DeviceRows:
         """Send the block tables, int32 [n, blocks], of the rows where they have changed."""
         if rows.size:
             device = self.block_table.device
-            self.block_table[torch.from_numpy(rows).to(device)] = torch.from_numpy(tables).to(device)
+            self.block_table[send(rows, device)] = send(tables, device)
 
 
 def capture(
@@ -92,7 +94,7 @@ class DecodeGraphs:
     def _load(self, rows: np.ndarray, size: int) -> None:
         padded = np.concatenate((rows, np.full(size - len(rows), self.state.num_rows, np.int64)))
         if not np.array_equal(padded, self._loaded):
-            self.rows[:size].copy_(torch.from_numpy(padded))
+            fill(self.rows[:size], padded)
             self._loaded = padded
 
     def _capture(self, size: int, work: int) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:

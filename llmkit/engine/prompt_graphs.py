@@ -20,6 +20,7 @@ from torch import Tensor
 from llmkit.attention.triton import PromptRuns, TritonBackend, TritonStep
 from llmkit.engine.batch import Batch
 from llmkit.engine.graphs import DeviceRows, capture
+from llmkit.transfer import fill
 
 TOKENS = [32, 64, 128, 256, 512]
 SEQUENCES = 4  # at most
@@ -51,13 +52,13 @@ class PromptGraphs:
         """(token ids [S], logits [S, vocabulary]) of the sequences; those of unfinished prompts mean nothing. The next step
         overwrites both."""
         size = TOKENS[bisect.bisect_left(TOKENS, batch.num_tokens)]
-        wide, narrow = (torch.from_numpy(values) for values in self._lay_out(batch, size))
-        self._narrow[: len(narrow)].copy_(narrow)
-        self._wide[: len(wide)].copy_(wide)
+        wide, narrow = self._lay_out(batch, size)
+        fill(self._narrow[: len(narrow)], narrow)
+        fill(self._wide[: len(wide)], wide)
         if (size, work) not in self._graphs:
             self._wide[len(wide) - 2 * SEQUENCES : len(wide) - SEQUENCES] = self.state.num_rows  # capturing draws for nobody
             self._graphs[size, work] = capture(lambda: self._compute(size, work), self.state.side)
-            self._wide[: len(wide)].copy_(wide)
+            fill(self._wide[: len(wide)], wide)
         graph, token_ids, logits = self._graphs[size, work]
         graph.replay()
         return token_ids[: len(batch.rows)], logits[: len(batch.rows)]

@@ -17,6 +17,7 @@ from llmkit.engine.rows import Rows
 from llmkit.engine.sampler import History, SampledTokens, Sampler, SamplingRows, TopLogprobs, top_logprobs
 from llmkit.engine.scheduler import Schedule
 from llmkit.models.decoder import Decoder
+from llmkit.transfer import fill, send
 
 _LOGIT_ROWS = 256  # prompt logprobs: logits of at most so many positions at a time
 
@@ -86,18 +87,18 @@ class Runner:
 
     def clear(self, blocks: list[int]) -> None:
         """Fill these blocks of the cache with zeros."""
-        self.kv_cache[:, :, torch.tensor(blocks, dtype=torch.int64, device=self.device)] = 0
+        self.kv_cache[:, :, self._index(np.array(blocks, np.int64))] = 0
 
     def can_chain(self, batch: Batch) -> bool:
         """Whether the step after this one may be launched before this one's tokens are on the host."""
         return False
 
     def _index(self, indices: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(indices).to(self.device)
+        return send(indices, self.device)
 
     def _copy_blocks(self, copies: list[tuple[int, int]]) -> None:
         if copies:
-            source, target = torch.tensor(copies, device=self.device).unbind(1)
+            source, target = self._index(np.array(copies)).unbind(1)
             self.kv_cache[:, :, target] = self.kv_cache[:, :, source]
 
     def _load_rows(self, schedule: Schedule) -> None:
@@ -116,9 +117,9 @@ class Runner:
     def _forward(self, batch: Batch) -> torch.Tensor:
         """Hidden states [T, hidden]."""
         t, decodes = batch.num_tokens, batch.num_decodes
-        self.input_ids[:t].copy_(torch.from_numpy(batch.input_ids), non_blocking=True)
-        self.positions[:t].copy_(torch.from_numpy(batch.positions), non_blocking=True)
-        self.slot_mapping[:t].copy_(torch.from_numpy(batch.slot_mapping), non_blocking=True)
+        fill(self.input_ids[:t], batch.input_ids)
+        fill(self.positions[:t], batch.positions)
+        fill(self.slot_mapping[:t], batch.slot_mapping)
         if decodes:
             self.input_ids[:decodes] = self.last_token[self._index(batch.rows[:decodes])]
         step = self.backend.prepare(batch, self.positions[:t], self.slot_mapping[:t])

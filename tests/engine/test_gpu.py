@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from llmkit import LLM, SamplingParams
+from llmkit.engine.engine import Engine, Flight
 
 pytestmark = [
     pytest.mark.gpu,
@@ -19,6 +20,7 @@ pytestmark = [
 
 LENGTHS = [5, 17, 130, 300, 64, 1, 700]
 NEW = 40
+QWENS = {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.05, "seed": 3}  # by its own generation_config
 
 
 @pytest.fixture(scope="module", params=["qwen2", "qwen3"])
@@ -131,12 +133,10 @@ def test_penalties_on_the_device_are_those_of_torch(folder, prompts, expected):
 
 
 def test_filtered_and_penalised_draws_repeat(folder, prompts):
-    """With what Qwen2-7B-Instruct's own generation_config asks for."""
-    asked = {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.05, "seed": 3}
     with engine(folder) as llm:
-        together = tokens(llm, prompts, **asked)
-        assert tokens(llm, prompts, **asked) == together
-        assert tokens(llm, prompts, **asked | {"seed": 4}) != together
+        together = tokens(llm, prompts, **QWENS)
+        assert tokens(llm, prompts, **QWENS) == together
+        assert tokens(llm, prompts, **QWENS | {"seed": 4}) != together
 
 
 def test_seeded_draws_repeat(folder, prompts):
@@ -144,6 +144,24 @@ def test_seeded_draws_repeat(folder, prompts):
         first = tokens(llm, prompts, temperature=0.8, seed=3)
         assert tokens(llm, prompts, temperature=0.8, seed=3) == first
         assert tokens(llm, prompts, temperature=0.8, seed=4) != first
+
+
+@pytest.mark.parametrize("asked", [{"temperature": 0}, QWENS], ids=["greedy", "filtered and penalised"])
+def test_no_launch_waits_for_the_device(folder, prompts, monkeypatch, asked):
+    """Where the host would wait, torch raises. The first round compiles and captures."""
+    launch = Engine._launch
+
+    def watched(self: Engine, ahead: bool = False) -> Flight | None:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return launch(self, ahead)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    with engine(folder, enable_prefix_caching=False, max_num_seqs=5) as llm:
+        expected = tokens(llm, prompts, **asked)
+        monkeypatch.setattr(Engine, "_launch", watched)
+        assert tokens(llm, prompts, **asked) == expected
 
 
 def test_memory_comes_back(folder, prompts):

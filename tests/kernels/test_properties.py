@@ -227,7 +227,7 @@ def test_prefill_attention(case: Prompts) -> None:
     want = c.oracle((q, *own), [k_cache, v_cache], tables, case.new, case.contexts)
     cu = torch.tensor([0, *np.cumsum(case.new)], dtype=torch.int32, device=DEVICE)
     contexts = torch.tensor(case.contexts, dtype=torch.int32, device=DEVICE)
-    tiles = prefill_attention.query_tiles(np.array(case.new), DEVICE)
+    tiles = torch.from_numpy(prefill_attention.query_tiles(np.array(case.new))).to(DEVICE).unbind(0)
     by_tma = [prefill_attention.cache_descriptor(x) for x in (k_cache, v_cache)]
     for descriptors in [None] if by_tma[0] is None else [None, (by_tma[0], by_tma[1])]:
         with guarded_allocations():

@@ -120,7 +120,7 @@ def test_prefill_of_ragged_chunks(heads: int, kv_heads: int, dim: int, size: int
     close(k_cache, want_k)
     close(v_cache, want_v)
     cu = torch.tensor([0, *np.cumsum(lens)], dtype=torch.int32, device=DEVICE)
-    tiles = prefill_attention.query_tiles(np.array(lens), DEVICE)
+    tiles = torch.from_numpy(prefill_attention.query_tiles(np.array(lens))).to(DEVICE).unbind(0)
     context = torch.tensor(contexts, dtype=torch.int32, device=DEVICE)
     by_tma = [prefill_attention.cache_descriptor(c) for c in (k_cache, v_cache)]
     for descriptors in [None] if by_tma[0] is None else [None, tuple(by_tma)]:
