@@ -39,13 +39,15 @@ def pair(start_once):
 
 
 def test_times_agree_with_the_clients(server):
-    """TTFT, ITL and the whole within a tenth, in one of three rounds: on a busy machine the client's own clock is late. What a
+    """TTFT, ITL and the whole within a tenth, in one round of a dozen: on a busy machine the client's own clock is late. What a
     client waits for the whole of has 4 ms more: connecting, and reading the first event."""
     server.complete(prompt=LONG, max_tokens=4)
-    rounds = [compare(server, f"{i}") for i in range(3)]
-    slack = (4e-3, 2e-4, 4e-3, 4e-3)
-    agree = [all(t == pytest.approx(s, rel=0.1, abs=a) for (t, s), a in zip(pairs, slack)) for pairs in rounds]
-    assert any(agree), rounds
+    slack, rounds = (4e-3, 2e-4, 4e-3, 4e-3), []
+    for i in range(12):
+        rounds.append(compare(server, f"{i}"))
+        if all(told == pytest.approx(seen, rel=0.1, abs=a) for (told, seen), a in zip(rounds[-1], slack)):
+            return
+    pytest.fail(f"told and seen: {rounds}")
 
 
 def compare(server, name: str) -> list[tuple[float, float]]:
