@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +19,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent / "fixtures"))
 from fake_openai import FakeOpenAI
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job, and all it starts, would ignore it
 
 if not torch.cuda.is_available():  # Triton looks when it is first imported, whoever does that
     os.environ.setdefault("TRITON_INTERPRET", "1")
