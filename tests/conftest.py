@@ -6,6 +6,7 @@ import gc
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,13 @@ def imports_stay() -> None:
     """Closing an `LLM` collects garbage. Looking at all that was imported so far again and again took a tenth of all time."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture
+def new_threads() -> Callable[..., list[threading.Thread]]:
+    """name="llmkit" -> threads whose names begin so and that began during the test; engines of other tests have theirs."""
+    before = set(threading.enumerate())
+    return lambda name="llmkit": [t for t in threading.enumerate() if t.name.startswith(name) and t not in before]
 
 
 SIZES: dict[str, Any] = {

@@ -4,7 +4,6 @@ import asyncio
 import gc
 import subprocess
 import sys
-import threading
 import time
 import weakref
 
@@ -19,13 +18,6 @@ SHORT = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
 
 def load(folder, **options):
     return LLM(folder, **{"load_format": "dummy", "max_model_len": 256, "kv_cache_memory": 0.02} | options)
-
-
-@pytest.fixture
-def threads():
-    """The stepping threads that began during the test; servers of other tests have theirs."""
-    before = set(threading.enumerate())
-    return lambda: [t for t in threading.enumerate() if t.name == "llmkit-steps" and t not in before]
 
 
 def test_two_engines_live_side_by_side(dummy_folder):
@@ -67,17 +59,17 @@ def test_ten_leave_nothing(dummy_folder, smollm2_folder, weights):
     assert sizes[-1] - sizes[2] < 60, sizes
 
 
-def test_a_forgotten_one_is_freed(dummy_folder, threads):
+def test_a_forgotten_one_is_freed(dummy_folder, new_threads):
     llm = load(dummy_folder)
     asyncio.run(llm.agenerate("Hello", SHORT))
-    assert len(threads()) == 1
+    assert len(new_threads("llmkit-steps")) == 1
     gone = [weakref.ref(x) for x in (llm, llm._engine, llm._engine.runner.kv_cache)]
     del llm
     assert [g() for g in gone] == [None] * 3
     deadline = time.time() + 5
-    while threads() and time.time() < deadline:
+    while new_threads() and time.time() < deadline:
         time.sleep(0.01)
-    assert threads() == []
+    assert new_threads() == []
 
 
 def test_outputs_do_not_keep_the_engine(dummy_folder):
@@ -90,13 +82,13 @@ def test_outputs_do_not_keep_the_engine(dummy_folder):
     assert kept[1][-1].output().finished
 
 
-def test_a_failed_load_leaves_nothing(dummy_folder, threads):
+def test_a_failed_load_leaves_nothing(dummy_folder, new_threads):
     before = len(gc.get_objects())
     for _ in range(3):
         with pytest.raises(ConfigError, match="max_model_len"):
             load(dummy_folder, max_model_len=10**9)
     gc.collect()
-    assert threads() == []
+    assert new_threads() == []
     assert len(gc.get_objects()) - before < 20_000
 
 

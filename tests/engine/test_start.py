@@ -24,13 +24,6 @@ def ids_only(dummy_folder, tmp_path):
     return tmp_path
 
 
-@pytest.fixture
-def new_threads():
-    """llmkit's threads that began during the test; engines of other tests have theirs."""
-    before = set(threading.enumerate())
-    return lambda: [t for t in threading.enumerate() if t.name.startswith("llmkit") and t not in before]
-
-
 def test_without_a_tokenizer_ids_go_in_and_ids_come_out(dummy_folder, ids_only):
     with LLM(dummy_folder, **SMALL) as llm:
         expected = llm.generate([[5, 6, 7]], FIVE, use_tqdm=False)[0].outputs[0].token_ids

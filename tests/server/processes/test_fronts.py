@@ -81,7 +81,8 @@ def test_the_engine_frees_what_a_killed_front_had_asked_for(pair):
             list(reader)
     psutil.wait_procs(fronts, 10)
     assert pair.get("/health").status_code == 200  # who comes now waits for the next front, and is not sent away
-    pair.until("free blocks", lambda: all(a["stats"].get("running") == 0 for a in ask_both(pair).values()))
+    assert len(ask_both(pair)) == 2
+    pair.until("free blocks", lambda: pair.stats().get("running") == 0, 5)
     assert processes(pair)[1].pid == before
 
 
