@@ -1,4 +1,4 @@
-"""`llmkit bench throughput|latency|startup|serve`: arguments, and the way from them to a report."""
+"""`llmkit bench throughput|latency|startup|parity|serve`: arguments, and the way from them to a report."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmkit.bench import serve_cli
-from llmkit.config import DEFAULT_MODEL, add_engine_arguments, engine_options
+from llmkit.config import DEFAULT_MODEL, DTYPE_NAMES, add_engine_arguments, engine_options
 from llmkit.errors import ConfigError
 
 if TYPE_CHECKING:
     from llmkit.bench.ceilings import Ceilings
     from llmkit.bench.contenders import Contender, Subject
     from llmkit.bench.limits import Limits
-    from llmkit.bench.report import Row
+    from llmkit.bench.report import Machine, Row
 
 OTHERS = ("transformers",)
+DTYPES = ("float32", "bfloat16", "float16")
 OWN = ("batch", "input_len", "output_len", "prefill", "num_prompts", "workload", "static_batch", "repeat", "against")
 
 
@@ -31,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_throughput(commands)
     _add_latency(commands)
     _add_startup(commands)
+    _add_parity(commands)
     serve_cli.add(commands)
 
 
@@ -100,6 +102,30 @@ def _add_latency(commands: Any) -> None:
 
 def _add_startup(commands: Any) -> None:
     _command(commands, "startup", "fresh processes: from the start of Python to the first token, and peak memory", _startup)
+
+
+def _add_parity(commands: Any) -> None:
+    what = "does it choose transformers' tokens: greedy answers side by side; exits with 1 where float32 differs"
+    p = commands.add_parser("parity", help=what, description=what[0].upper() + what[1:] + ".")
+    p.set_defaults(measure=_parity)
+    p.add_argument("model", metavar="MODEL", nargs="?", default=DEFAULT_MODEL, help=f"what to run (default: {DEFAULT_MODEL})")
+    p.add_argument("--dtypes", type=_dtypes, default=("float32", "bfloat16"), metavar="NAMES",
+                   help="each in turn (default: float32,bfloat16)")
+    p.add_argument("--num-prompts", type=positive, default=32, metavar="N", help="how many of the prompts (default: 32)")
+    p.add_argument("--prompts", metavar="FILE", help="a prompt a line, instead of ours")
+    p.add_argument("--output-len", type=positive, default=64, metavar="LEN", help="tokens of each answer (default: 64)")
+    p.add_argument("--json", metavar="FILE", help="write everything there, each difference included")
+    p.add_argument("--markdown", action="store_true", help="print rows for llmkit/bench/RESULTS.md too")
+    add_engine_arguments(p, skip=("model", "tokenizer", "skip_tokenizer_init", "dtype", "load_format"))
+
+
+def _dtypes(text: str) -> tuple[str, ...]:
+    """argparse type: float32,bfloat16 in any of their spellings, each once."""
+    names = [DTYPE_NAMES.get(n.strip(), n.strip()) for n in text.split(",")]
+    for name in names:
+        if name not in DTYPES:
+            raise argparse.ArgumentTypeError(f"must be of {', '.join(DTYPES)}; got {name!r}")
+    return tuple(dict.fromkeys(names))
 
 
 def _add_lengths(p: argparse.ArgumentParser) -> None:
@@ -209,13 +235,40 @@ def _startup(args: argparse.Namespace) -> None:
     _finish(args, "startup", facts["dtype"], machine, None, rows, load)
 
 
-def _show(args: argparse.Namespace, name: str, bench: Bench, rows: list[Row]) -> None:
+def _parity(args: argparse.Namespace) -> int:
+    from llmkit.bench.contenders import Subject
+    from llmkit.bench.measure import say
+    from llmkit.bench.parity import ParityReport, encode, measure_parity, read_texts
+
+    _check_json(args)
+    texts = read_texts(args.num_prompts, args.prompts)
+    given = {"model": args.model, "enable_prefix_caching": False} | engine_options(args)  # no run helps the next one
+    subjects = [Subject.of(given | {"dtype": name}, static_batch=args.num_prompts) for name in args.dtypes]
+    prompts = encode(texts, subjects[0].folder)
+    comparisons = measure_parity(subjects, prompts, args.output_len)
+    say("")
+    report = ParityReport(_model_name(args.model), _machine(subjects[0], ("transformers",)), prompts, comparisons, given)
+    report.options.pop("model")  # the report has its name
+    print(report.text())
+    if args.markdown:
+        print("\n" + report.markdown())
+    if args.json:
+        Path(args.json).write_text(report.json() + "\n", encoding="utf-8")
+    return 1 if report.failed else 0
+
+
+def _machine(subject: Subject, others: tuple[str, ...]) -> Machine:
+    """Where and with what this process measures."""
     import torch
 
     from llmkit.bench.report import Machine
 
-    gpu = torch.cuda.get_device_name(bench.subject.device) if bench.subject.device.type == "cuda" else None
-    machine = Machine.here(torch.get_num_threads(), gpu, tuple(c.name for c in bench.contenders[1:]))
+    gpu = torch.cuda.get_device_name(subject.device) if subject.device.type == "cuda" else None
+    return Machine.here(torch.get_num_threads(), gpu, others)
+
+
+def _show(args: argparse.Namespace, name: str, bench: Bench, rows: list[Row]) -> None:
+    machine = _machine(bench.subject, tuple(c.name for c in bench.contenders[1:]))
     _finish(args, name, bench.subject.dtype_name, machine, bench.ceilings, rows, bench.load_before)
 
 
