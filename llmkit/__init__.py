@@ -22,6 +22,7 @@ _HOMES = {  # public name -> the module it lives in (PEP 562)
     "StreamChunk": "llmkit.outputs",
     "EmbeddingOutput": "llmkit.outputs",
     "EngineConfig": "llmkit.config",
+    "Timeline": "llmkit.timeline",
     "LlmkitError": "llmkit.errors",
     "download": "llmkit.hub",
     "download_report": "llmkit.hub",
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
     from llmkit.sampling_params import StructuredOutputsParams as StructuredOutputsParams
     from llmkit.server.handle.server import Server as Server
     from llmkit.server.handle.start import serve as serve
+    from llmkit.timeline import Timeline as Timeline
 
 
 def load_ipython_extension(shell: Any) -> None:

@@ -1,4 +1,4 @@
-"""`llmkit bench throughput|latency|startup|parity|serve`: arguments, and the way from them to a report."""
+"""`llmkit bench throughput|latency|startup|parity|timeline|serve`: arguments, and the way from them to a report."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmkit.bench import serve_cli
+from llmkit.bench import serve_cli, timeline_cli
 from llmkit.config import DEFAULT_MODEL, DTYPE_NAMES, add_engine_arguments, engine_options
 from llmkit.errors import ConfigError
 
@@ -33,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_latency(commands)
     _add_startup(commands)
     _add_parity(commands)
+    timeline_cli.add(commands)
     serve_cli.add(commands)
 
 

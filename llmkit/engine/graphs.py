@@ -9,6 +9,7 @@ row that nobody owns.
 from __future__ import annotations
 
 import bisect
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -64,7 +65,7 @@ class DecodeGraphs:
     """Captured decode steps by batch size.
 
     body: (rows int64 [B], work) -> (token ids int64 [B], logits fp32 [B, vocabulary]); reads and advances the device rows.
-    work: a number that says how tokens are drawn; a graph is good for one.
+    work: a number that says how tokens are drawn; a graph is good for one. capture_seconds: what capturing each graph took.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class DecodeGraphs:
         self.sizes = [s for s in SIZES if s < max_size] + [max_size]
         self.rows = torch.full((max_size,), state.num_rows, dtype=torch.int64, device=state.position.device)
         self._graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
+        self.capture_seconds: dict[tuple[int, int], float] = {}
         self._pool = None
         self._loaded = np.empty(0, np.int64)
 
@@ -99,9 +101,11 @@ class DecodeGraphs:
 
     def _capture(self, size: int, work: int) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
         """On rows that nobody owns."""
+        begin = time.perf_counter()
         keep = self.rows[:size].clone()
         self.rows[:size] = self.state.num_rows
         captured = capture(lambda: self.body(self.rows[:size], work), self.state.side, self._pool)
         self._pool = self._pool or captured[0].pool()
         self.rows[:size] = keep
+        self.capture_seconds[size, work] = time.perf_counter() - begin
         return captured

@@ -120,6 +120,7 @@ def test_what_the_device_draws_is_launched_ahead_and_graphs_are_kept_by_their_wo
         assert (4, work) in runner.prompts._graphs
         assert (1, work) in runner.graphs._graphs
     assert all(ahead), "each step brings a token to everybody"
+    assert runner.graphs.capture_seconds.keys() == runner.graphs._graphs.keys()
     said(gpu, WARM.clone(logprobs=1), PROMPTS[:1])
     assert not ahead[-1], "torch's sampler makes the host wait"
 
