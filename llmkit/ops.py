@@ -21,11 +21,10 @@ __all__ = [
     "add_rms_norm",
     "cpu_supports_bf16",
     "describe",
+    "gate_up_silu",
     "has_kernels",
     "linear",
     "rms_norm",
-    "silu_mul",
-    "silu_mul_pairs",
 ]
 
 
@@ -60,11 +59,25 @@ def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float)
     return reference.add_rms_norm(x, residual, weight, eps)
 
 
-def silu_mul_pairs(x: Tensor) -> Tensor:
-    """silu(gate) · up for x [T, 2·I] whose columns are gate 0, up 0, gate 1, up 1, ...: the layout our GPU kernels read."""
-    from llmkit_kernels import activation
+def gate_up_silu(
+    run: Callable[[Tensor], Tensor], weight: Tensor | None, bias: Tensor | None, pairs: bool
+) -> Callable[[Tensor], Tensor]:
+    """x [T, in] -> silu(gate) · up [T, I] for the merged layer that `run` computes, its weight [2·I, in] all gate rows first or,
+    where our GPU kernels read it, in `pairs` of one gate and one up row."""
+    if not pairs:
+        return lambda x: silu_mul(run(x))
+    from llmkit_kernels import activation, gemm
 
-    return activation.silu_mul_pairs(x)
+    if bias is not None or weight is None:
+        return lambda x: activation.silu_mul_pairs(run(x))
+    kernels = gemm.SkinnyWeight(weight)
+
+    def compute(x: Tensor) -> Tensor:
+        if 64 < len(x) <= gemm.MOST_TOKENS:  # ours lives on the kernels around it being ours, too: see `FusedForward`
+            return activation.silu_mul_pairs(run(x))
+        return gemm.gate_up_silu(x, kernels)
+
+    return compute
 
 
 def describe(device: torch.device, dtype: torch.dtype, attention: str = "") -> str:

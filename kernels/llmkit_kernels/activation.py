@@ -20,9 +20,9 @@ def _silu_mul_pairs(x, out, WIDTH, BLOCK: tl.constexpr):
     tl.store(out + row * WIDTH + pair, gate * tl.sigmoid(gate) * up, mask=pair < WIDTH)
 
 
-def silu_mul_pairs(x: Tensor) -> Tensor:
+def silu_mul_pairs(x: Tensor, out: Tensor | None = None) -> Tensor:
     """silu(gate) · up for x [T, 2·I] whose columns are gate 0, up 0, gate 1, up 1, ...; [T, I]."""
     width = x.shape[1] // 2
-    out = torch.empty(x.shape[0], width, dtype=x.dtype, device=x.device)
+    out = torch.empty(x.shape[0], width, dtype=x.dtype, device=x.device) if out is None else out
     _silu_mul_pairs[(x.shape[0], triton.cdiv(width, _BLOCK))](x, out, width, BLOCK=_BLOCK, num_warps=4)
     return out

@@ -16,10 +16,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from llmkit_kernels.launch import cdiv, next_power_of_2, num_sms, pdl
+from llmkit_kernels.launch import cdiv, next_power_of_2, num_sms, pdl, shared_memory
 from llmkit_kernels.soft_cap import log2_scores
 
 _GROUP = tl.constexpr(4)  # partial results that are read at once
+_BESIDE = 16 << 10  # bytes that a program shares besides tiles of keys and values
 
 
 @triton.jit
@@ -82,7 +83,7 @@ def _decode(
     M, table_stride, stride, scale, eps, window,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr,
     IN_SPLITS: tl.constexpr, BIAS: tl.constexpr, NORM: tl.constexpr, ROTARY: tl.constexpr, WINDOW: tl.constexpr,
-    INDEXED: tl.constexpr, LEAST: tl.constexpr, KEYS: tl.constexpr, CAP: tl.constexpr, PDL: tl.constexpr,
+    INDEXED: tl.constexpr, LEAST: tl.constexpr, KEYS: tl.constexpr, AHEAD: tl.constexpr, CAP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     g, slot = tl.program_id(0) % G, tl.program_id(0) // G
     b, part = slot // SPLITS, slot % SPLITS
@@ -99,7 +100,7 @@ def _decode(
         _decode_part(
             qkv, bias, q_norm, k_norm, cos_table, sin_table, k_cache, v_cache, table, out, part_out, part_max, part_sum,
             arrivals, b, g, part, slot, num_parts, position, start, lo, per_part, M, stride, scale, eps,
-            H, G, D, BLOCK_SIZE, ROWS, SPLITS, IN_SPLITS, BIAS, NORM, ROTARY, WINDOW, KEYS, CAP)  # fmt: skip
+            H, G, D, BLOCK_SIZE, ROWS, SPLITS, IN_SPLITS, BIAS, NORM, ROTARY, WINDOW, KEYS, AHEAD, CAP)  # fmt: skip
 
 
 @triton.jit
@@ -123,7 +124,7 @@ def _decode_part(
     b, g, part, slot, num_parts, position, start, lo, per_part, M, stride, scale, eps,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr,
     IN_SPLITS: tl.constexpr, BIAS: tl.constexpr, NORM: tl.constexpr, ROTARY: tl.constexpr, WINDOW: tl.constexpr,
-    KEYS: tl.constexpr, CAP: tl.constexpr,
+    KEYS: tl.constexpr, AHEAD: tl.constexpr, CAP: tl.constexpr,
 ):  # fmt: skip
     DTYPE: tl.constexpr = k_cache.dtype.element_ty
     SHARE: tl.constexpr = H // G
@@ -140,13 +141,19 @@ def _decode_part(
     high = tl.full([ROWS], -float("inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, D], tl.float32)
+    if AHEAD:  # a tile's block is looked up while the tile before it is computed, so that its keys can be sent for early
+        near = tl.load(table + lo // BLOCK_SIZE)
     for tile in range(lo, hi, KEYS):
         key = tile + keys
         seen = key < hi
         if WINDOW:
             seen = seen & (key >= start)
-        block = tl.load(table + key // BLOCK_SIZE, mask=seen, other=0).to(tl.int64)
-        row = ((block * G + g) * BLOCK_SIZE + key % BLOCK_SIZE) * D
+        if AHEAD:
+            row = ((near.to(tl.int64) * G + g) * BLOCK_SIZE + tile % BLOCK_SIZE + keys) * D
+            near = tl.load(table + tl.minimum(tile + KEYS, position) // BLOCK_SIZE)
+        else:
+            block = tl.load(table + key // BLOCK_SIZE, mask=seen, other=0).to(tl.int64)
+            row = ((block * G + g) * BLOCK_SIZE + key % BLOCK_SIZE) * D
         ka = tl.load(k_cache + row[:, None] + halves[None, :])
         kb = tl.load(k_cache + row[:, None] + D // 2 + halves[None, :])
         scores = tl.dot(qa, tl.trans(ka))
@@ -228,16 +235,18 @@ def _combine(
 
 @dataclass(frozen=True)
 class Cut:
-    """How a batch's keys are cut: parts of a sequence at most, keys of a tile, tiles of a part at least, stages of the pipeline.
+    """How a batch's keys are cut: parts of a sequence at most, keys of a tile, tiles of a part at least, stages of the pipeline,
+    whether a tile's block is looked up one tile ahead.
 
-    Fixed by the size of the batch alone, so that results repeat. Measured on an H100: few sequences want many programs with much
-    under way, many sequences want three programs on a multiprocessor.
+    Fixed by the size of the batch alone, so that results repeat. Measured on an H100: few sequences want as many programs as there
+    are multiprocessors, each with much under way; many sequences want many programs on a multiprocessor, each with one tile.
     """
 
     splits: int
     tile: int
     least: int
     stages: int
+    ahead: bool = False
 
 
 def plan_decode(batch: int, kv_heads: int) -> Cut:
@@ -245,9 +254,11 @@ def plan_decode(batch: int, kv_heads: int) -> Cut:
     heads = batch * kv_heads
     if heads >= 512:
         return Cut(1, 64, 1, 2)
-    if heads >= 128:
-        return Cut(2, 64, 1, 3) if heads < 256 else Cut(2, 64, 8, 2)
-    return Cut(max(1, min(32, next_power_of_2(cdiv(3 * num_sms(), heads)) // 2)), 64, 1, 3)
+    if heads >= 256:
+        return Cut(2, 64, 8, 2)
+    if heads >= 64:
+        return Cut(4, 64, 3, 3) if heads >= 128 else Cut(8, 64, 3, 3, ahead=True)
+    return Cut(min(16, next_power_of_2(cdiv(3 * num_sms(), 4 * heads))), 64, 1, 3, ahead=True)
 
 
 class DecodeScratch:
@@ -293,13 +304,15 @@ def fused_decode(
     cos, sin = tables or (qkv, qkv)
     q_norm, k_norm, eps = norms or (qkv, qkv, 0.0)
     cut = scratch.cut
+    under_way = 2 * (cut.stages - 1) * cut.tile * dim * k_cache.element_size()  # bytes of keys and values
+    ahead = cut.ahead and size % cut.tile == 0 and under_way + _BESIDE <= shared_memory()
     _decode[(batch * kv_heads * cut.splits,)](
         qkv, bias if bias is not None else qkv, q_norm, k_norm, cos, sin, k_cache, v_cache, block_tables, positions,
         positions if rows is None else rows, out, scratch.out, scratch.high, scratch.total, scratch.arrivals,
         batch, block_tables.stride(0), batch * qkv.shape[-1], scale, eps, window or 0,
         H=heads, G=kv_heads, D=dim, BLOCK_SIZE=size, ROWS=max(16, next_power_of_2(heads // kv_heads)), SPLITS=cut.splits,
         IN_SPLITS=in_splits, BIAS=bias is not None, NORM=norms is not None, ROTARY=tables is not None, WINDOW=window is not None,
-        INDEXED=rows is not None, LEAST=cut.least, KEYS=cut.tile, CAP=soft_cap or 0.0, num_warps=4,
-        num_stages=cut.stages, **pdl(),
+        INDEXED=rows is not None, LEAST=cut.least, KEYS=cut.tile, AHEAD=ahead, CAP=soft_cap or 0.0,
+        num_warps=4, num_stages=cut.stages, **pdl(),
     )  # fmt: skip
     return out

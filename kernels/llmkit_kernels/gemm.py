@@ -1,9 +1,9 @@
-"""Products of a few tokens with a big weight, where memory speed is the limit: M <= 128 rows of x against W [N, K].
+"""Products of a few tokens with a big weight, where memory speed is the limit: up to some 128 rows of x against W [N, K].
 
 The weight's rows take the tensor core's wide side (swap-AB: Wx, not xWᵀ), so that its instructions are full even at one token,
 and K is split over several programs where N alone does not fill the GPU. The splits' fp32 partial results are not added here
 but by the next kernel, in a fixed order: a result never depends on timing. `plan` fixes the tile sizes per shape; nothing is
-tuned at run time.
+tuned at run time. More tokens are right, too, but mostly slower than `torch.nn.functional.linear`: `beats_cublas` knows.
 """
 
 from __future__ import annotations
@@ -11,13 +11,15 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from llmkit_kernels import activation, wide_gemm
 from llmkit_kernels.launch import begin, cdiv, descriptor, is_hopper, pdl, shared_memory, stages_that_fit
 
-MOST_TOKENS = 128
+MOST_TOKENS = 128  # of one tile; further ones are further programs
 _SMALL = 16 << 20  # bytes of a weight whose read is over before the launch of its kernel is
 
 
@@ -36,17 +38,21 @@ def beats_cublas(w: SkinnyWeight, m: int) -> bool:
     """Whether our product of m tokens is faster, measured on an H100 within a whole step. Ours overlaps with the kernels around
     it and needs none to add up its parts; cuBLAS has tiles of any size, which counts where many tokens meet few rows."""
     n, k = w.weight.shape
-    return m <= 96 or (m <= MOST_TOKENS and (k >= 8192 or k >= n >= 2048 or 2 * n * k <= _SMALL))
+    small = 2 * n * k <= _SMALL
+    if m > MOST_TOKENS:
+        return m <= 256 and small and n <= 2048
+    return m <= 96 or k >= 8192 or k >= n >= 2048 or small
 
 
 def token_tiles(m: int) -> tuple[int, int]:
-    """Two tile sizes (the second may be 0) that hold m tokens; a weight tile is read once for both."""
-    if m > MOST_TOKENS:  # the rows beyond would be left as they are
-        raise ValueError(f"these products take 1 to {MOST_TOKENS} tokens, not {m} tokens; torch.nn.functional.linear takes any")
+    """Two tile sizes (the second may be 0) of a program; it reads a weight tile once for both. More tokens than they hold are
+    shared out among programs."""
     for first in (16, 32, 64):
         if m <= first:
             return first, 0
-    return (64, 32) if m <= 96 else (128, 0)
+    if m <= 96:
+        return 64, 32
+    return (64, 0) if MOST_TOKENS < m <= 192 else (128, 0)
 
 
 def plan(n: int, k: int, m: int) -> Tile:
@@ -55,7 +61,7 @@ def plan(n: int, k: int, m: int) -> Tile:
     if m <= 32 and k % 512 == 0 and 2 * n * k <= _SMALL:
         return Tile(64, 512, 4, 1, k // 512)
     if m > 64:
-        return _plan_many(n, k, min(64, block_k))
+        return _plan_many(n, k, m, min(64, block_k))
     if n >= 16384:
         return Tile(64, block_k, 4, 4 if m <= 16 else 6 if m <= 32 else 3)
     if k >= 8192 and m > 32:
@@ -71,14 +77,14 @@ def plan(n: int, k: int, m: int) -> Tile:
     return Tile(64, block_k, 4, stages, max(1, min(splits, k // (4 * block_k))))
 
 
-def _plan_many(n: int, k: int, block_k: int) -> Tile:
-    """65 to 128 tokens."""
+def _plan_many(n: int, k: int, m: int, block_k: int) -> Tile:
+    """More than 64 tokens."""
     if n >= 16384:
         return Tile(64, block_k, 4, 3)
     if k >= 8192:
         return Tile(128, 128, 8, 3, 4) if k % 128 == 0 else Tile(64, block_k, 4, 4, 4)
     if 2 * n * k <= _SMALL:
-        return Tile(64, block_k, 4, 6, 1 if n > 2048 else max(1, min(3, k // (4 * block_k))))
+        return Tile(64, block_k, 4, 6, 1 if n > 2048 else max(1, min(3 if m <= MOST_TOKENS else 4, k // (4 * block_k))))
     return Tile(64, block_k, 4, 4 if n > 4096 else 6, max(1, min(3 if n > 4096 else 2, k // (4 * block_k))))
 
 
@@ -134,14 +140,14 @@ def _product(
     EARLY: tl.constexpr, TMA: tl.constexpr, X_TMA: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """EARLY: there is one tile along K, read while the kernel before this one still computes x."""
-    first_row, split = tl.program_id(0) * BLOCK_N, tl.program_id(1)
+    first_row, split, first_token = tl.program_id(0) * BLOCK_N, tl.program_id(1), tl.program_id(2) * BLOCK_M
     if EARLY:
         if PDL:
             tl.extra.cuda.gdc_launch_dependents()
         weight = _load_w(w, w_desc, first_row, split * BLOCK_K, N, K, BLOCK_N, BLOCK_K, TMA)
         if PDL:
             tl.extra.cuda.gdc_wait()
-        hidden = _load_x(x, x_desc, 0, split * BLOCK_K, M, K, BLOCK_M, BLOCK_K, X_TMA)
+        hidden = _load_x(x, x_desc, first_token, split * BLOCK_K, M, K, BLOCK_M, BLOCK_K, X_TMA)
         acc = tl.dot(weight, hidden)
     else:
         begin(PDL)
@@ -151,12 +157,12 @@ def _product(
         for i in range(K_TILES):
             k = (split * K_TILES + i) * BLOCK_K
             weight = _load_w(w, w_desc, first_row, k, N, K, BLOCK_N, BLOCK_K, TMA)
-            acc = tl.dot(weight, _load_x(x, x_desc, 0, k, M, K, BLOCK_M, BLOCK_K, X_TMA), acc)
+            acc = tl.dot(weight, _load_x(x, x_desc, first_token, k, M, K, BLOCK_M, BLOCK_K, X_TMA), acc)
             if BLOCK_M2 > 0:
                 acc2 = tl.dot(weight, _load_x(x, x_desc2, BLOCK_M, k, M, K, BLOCK_M2, BLOCK_K, X_TMA), acc2)
         if BLOCK_M2 > 0:
             _store(acc2, out, first_row, split, BLOCK_M, M, N, BLOCK_M2, BLOCK_N, SILU)
-    _store(acc, out, first_row, split, 0, M, N, BLOCK_M, BLOCK_N, SILU)
+    _store(acc, out, first_row, split, first_token, M, N, BLOCK_M, BLOCK_N, SILU)
 
 
 @triton.jit
@@ -219,7 +225,7 @@ def _launch(x: Tensor, w: SkinnyWeight, out: Tensor, tile: Tile, silu: bool) -> 
     x_desc = descriptor(x, first, tile.block_k) if x_tma else x
     x_desc2 = descriptor(x, second, tile.block_k) if x_tma and second else x_desc
     k_tiles = cdiv(cdiv(k, tile.splits), tile.block_k)
-    _product[(cdiv(n, tile.block_n), tile.splits)](
+    _product[(cdiv(n, tile.block_n), tile.splits, cdiv(m, first + second))](
         x, x_desc, x_desc2, w.weight, w_desc, out, m, n, k, k_tiles, BLOCK_M=first, BLOCK_M2=second, BLOCK_N=tile.block_n,
         BLOCK_K=tile.block_k, SILU=silu, EARLY=k_tiles == 1 and not second, TMA=tma, X_TMA=x_tma, num_warps=tile.warps,
         num_stages=tile.stages, **pdl(),
@@ -228,7 +234,7 @@ def _launch(x: Tensor, w: SkinnyWeight, out: Tensor, tile: Tile, silu: bool) -> 
 
 
 def partial_products(x: Tensor, w: SkinnyWeight, out: Tensor | None = None, tile: Tile | None = None) -> Tensor:
-    """x [M, K] · W [N, K]ᵀ as fp32 partial results [S, M, N], whose sum over S is the product. M <= 128."""
+    """x [M, K] · W [N, K]ᵀ as fp32 partial results [S, M, N], whose sum over S is the product."""
     (m, k), n = x.shape, w.weight.shape[0]
     tile = tile or plan(n, k, m)
     out = torch.empty(tile.splits, m, n, dtype=torch.float32, device=x.device) if out is None else out
@@ -236,8 +242,10 @@ def partial_products(x: Tensor, w: SkinnyWeight, out: Tensor | None = None, tile
 
 
 def gate_up_silu(x: Tensor, w: SkinnyWeight, out: Tensor | None = None, tile: Tile | None = None) -> Tensor:
-    """silu(x·gateᵀ) · (x·upᵀ), [M, I], for W [2·I, K] whose rows are gate 0, up 0, gate 1, up 1, ...; M <= 128."""
+    """silu(x·gateᵀ) · (x·upᵀ), [M, I], for W [2·I, K] whose rows are gate 0, up 0, gate 1, up 1, ...; any M."""
     (m, k), n = x.shape, w.weight.shape[0]
+    if m > MOST_TOKENS and tile is None:
+        return _gate_up_silu_many(x, w, out)
     out = torch.empty(m, n // 2, dtype=x.dtype, device=x.device) if out is None else out
     small = m <= 32 and k in (512, 1024) and 2 * n * k <= _SMALL
     if small and tile is None:
@@ -251,8 +259,19 @@ def gate_up_silu(x: Tensor, w: SkinnyWeight, out: Tensor | None = None, tile: Ti
     return _launch(x, w, out, tile, silu=True)
 
 
+def _gate_up_silu_many(x: Tensor, w: SkinnyWeight, out: Tensor | None) -> Tensor:
+    """More than 128 tokens: the kernel for few where the weight is small, the one for many, or cuBLAS and one more pass."""
+    (m, k), n = x.shape, w.weight.shape[0]
+    if m <= 256 and 2 * n * k <= _SMALL:
+        return gate_up_silu(x, w, out, Tile(64, 64, 4, 4))
+    tile = wide_gemm.plan(n, k, m)
+    if tile is None:
+        return activation.silu_mul_pairs(F.linear(x, w.weight), out)
+    return wide_gemm.gate_up_silu(x, w.weight, tile, out)
+
+
 def logits(x: Tensor, w: SkinnyWeight, out: Tensor | None = None) -> Tensor:
-    """x [M, K] · W [vocabulary, K]ᵀ as fp32 [M, vocabulary]; M <= 128."""
+    """x [M, K] · W [vocabulary, K]ᵀ as fp32 [M, vocabulary]."""
     (m, k), n = x.shape, w.weight.shape[0]
     out = torch.empty(m, n, dtype=torch.float32, device=x.device) if out is None else out
     if m == 1:

@@ -17,16 +17,17 @@ from llmkit_kernels.soft_cap import log2_scores
 
 TILE = 64  # keys at a time
 QUERY_TILE = 64  # prefill queries at a time
+_BESIDE = 5 << 10  # bytes that programs share besides tiles
 
 
 @triton.jit
-def _block_of(table, at, context, BLOCK_SIZE: tl.constexpr, KEYS: tl.constexpr, TMA: tl.constexpr):
-    """The block of each key at..at+KEYS; with TMA they share it."""
+def _block_of(table, at, last, BLOCK_SIZE: tl.constexpr, KEYS: tl.constexpr, TMA: tl.constexpr):
+    """The block of each key at..at+KEYS, of which those from `last` on are nobody's; with TMA they share it."""
     if TMA:
-        block = tl.load(table + at // BLOCK_SIZE).to(tl.int64)
+        block = tl.load(table + tl.maximum(tl.minimum(at, last - 1), 0) // BLOCK_SIZE).to(tl.int64)
     else:
         key = at + tl.arange(0, KEYS)
-        block = tl.load(table + key // BLOCK_SIZE, mask=key < context, other=0).to(tl.int64)
+        block = tl.load(table + key // BLOCK_SIZE, mask=key < last, other=0).to(tl.int64)
     return block
 
 
@@ -70,8 +71,11 @@ def _prefill(
     total = tl.zeros([QUERIES], tl.float32)
     acc = tl.zeros([QUERIES, D], tl.float32)
     table = block_tables + s * table_stride
+    # a tile's block is looked up while the tile before it is computed: keys can only be sent for once their block is known
+    ahead = _block_of(table, begin_key, context, BLOCK_SIZE, KEYS, TMA)
     for at in range(begin_key, full_end, KEYS):
-        block = _block_of(table, at, context, BLOCK_SIZE, KEYS, TMA)
+        block = ahead
+        ahead = _block_of(table, at + KEYS, context, BLOCK_SIZE, KEYS, TMA)
         k = _load_tile(k_cache, k_desc, block, g, at, G, D, BLOCK_SIZE, KEYS, TMA)
         scores = log2_scores(tl.dot(query, tl.trans(k)), scale, CAP)
         if WINDOW:
@@ -80,7 +84,8 @@ def _prefill(
         acc, total, high = _online(acc, total, high, scores, v, WINDOW)
     for at in range(full_end, last, KEYS):
         key = at + keys
-        block = _block_of(table, at, context, BLOCK_SIZE, KEYS, TMA)
+        block = ahead
+        ahead = _block_of(table, at + KEYS, context, BLOCK_SIZE, KEYS, TMA)
         k = _load_tile(k_cache, k_desc, block, g, at, G, D, BLOCK_SIZE, KEYS, TMA)
         scores = log2_scores(tl.dot(query, tl.trans(k)), scale, CAP)
         seen = (key[None, :] <= position[:, None]) & (key < context)[None, :]
@@ -131,12 +136,13 @@ def prefill(
     out = torch.empty(tokens, heads, dim, dtype=q.dtype, device=q.device) if out is None else out
     k_desc, v_desc = descriptors or (k_cache, v_cache)
     row = dim * q.element_size()
-    keys = TILE if (QUERY_TILE + 4 * TILE) * row <= shared_memory() else TILE // 2  # two tiles of keys and two of values
+    room = shared_memory() - QUERY_TILE * row - _BESIDE
+    keys = TILE if room >= 4 * TILE * row else TILE // 2  # two tiles of keys and two of values
     _prefill[(heads, tiles[0].shape[0])](
         q, k_cache, v_cache, k_desc, v_desc, out, block_tables, cu_seqlens, context_lens, tiles[0], tiles[1], q.stride(0),
         block_tables.stride(0), scale, window or 0, H=heads, G=kv_heads, D=dim, BLOCK_SIZE=size, QUERIES=QUERY_TILE, KEYS=keys,
         WINDOW=window is not None, CAP=soft_cap or 0.0, TMA=descriptors is not None, num_warps=4 if dim <= 128 else 8,
-        num_stages=3,
+        num_stages=3 if room >= 4 * keys * row else 2,
     )  # fmt: skip
     return out
 

@@ -25,4 +25,4 @@ class LMHead:
         self.project = Linear(weight)
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        return self.project(hidden).float()
+        return self.project.in_float32(hidden)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from llmkit import ops
@@ -18,3 +19,9 @@ class Linear:
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.run(x)
+
+    def in_float32(self, x: Tensor) -> Tensor:
+        """x Wᵀ as float32 [T, out]; on a GPU it is never rounded to the weight's dtype."""
+        if self.weight is None or not x.is_cuda or x.dtype == torch.float32:
+            return self.run(x).float()
+        return torch.mm(x, self.weight.t(), out_dtype=torch.float32)

@@ -14,7 +14,7 @@ class GatedMLP:
 
     def __init__(self, gate_up: Linear, pairs: bool, down: Linear) -> None:
         self.gate_up, self.down, self.pairs = gate_up, down, pairs
-        self.activate = ops.silu_mul_pairs if pairs else ops.silu_mul
+        self.activated = ops.gate_up_silu(gate_up.run, gate_up.weight, gate_up.bias, pairs)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.down(self.activate(self.gate_up(x)))
+        return self.down(self.activated(x))

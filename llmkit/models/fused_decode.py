@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from llmkit_kernels import activation, gemm, norm
+from llmkit_kernels import gemm, norm
 from torch import Tensor
 
 from llmkit.attention import fits_kernels
@@ -46,7 +46,7 @@ class FusedDecode:
                 x = self._norm(layer.input_norm, x, residual)
             step.decode(layer.attention, self._product(x, qkv), out, layer.attention.qkv.bias)
             x = self._norm(layer.post_norm, self._product(out, o), residual)
-            x = self._product(self._gate_up(x, gate_up), down)
+            x = self._product(gemm.gate_up_silu(x, gate_up), down)
         return self._logits(self._norm(self.model.norm, x, residual))
 
     @staticmethod
@@ -58,14 +58,8 @@ class FusedDecode:
         """Partial products fp32 [S, B, N], or the product [B, N]; a bias is left to the next kernel."""
         return gemm.partial_products(x, weight) if gemm.beats_cublas(weight, len(x)) else F.linear(x, weight.weight)
 
-    @staticmethod
-    def _gate_up(x: Tensor, weight: gemm.SkinnyWeight) -> Tensor:
-        if len(x) <= gemm.MOST_TOKENS:
-            return gemm.gate_up_silu(x, weight)
-        return activation.silu_mul_pairs(F.linear(x, weight.weight))
-
     def _logits(self, x: Tensor) -> Tensor:
-        return gemm.logits(x, self.head) if len(x) <= gemm.MOST_TOKENS else F.linear(x, self.head.weight).float()
+        return gemm.logits(x, self.head) if len(x) <= gemm.MOST_TOKENS else self.model.logits(x)
 
 
 def _skinny(linear: Linear) -> gemm.SkinnyWeight:

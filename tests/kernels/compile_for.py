@@ -14,6 +14,7 @@ from llmkit_kernels import (
     activation,
     decode_attention,
     filters,
+    fixed_attention,
     gemm,
     launch,
     norm,
@@ -21,6 +22,7 @@ from llmkit_kernels import (
     prefill_attention,
     rope_cache,
     sampling,
+    wide_gemm,
 )  # fmt: skip
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
@@ -54,7 +56,7 @@ def pretend(found: dict[str, int]) -> None:
         found[self.__name__] = max(found.get(self.__name__, 0), kernel.metadata.shared)
 
     JITFunction.run = run
-    for module in (launch, gemm, prefill_attention, sampling):
+    for module in (launch, decode_attention, fixed_attention, gemm, prefill_attention, sampling, wide_gemm):
         for name, value in (("is_hopper", ARCHITECTURE >= 90), ("shared_memory", LIMITS[ARCHITECTURE])):
             if hasattr(module, name):
                 setattr(module, name, lambda value=value: value)
@@ -71,6 +73,9 @@ def products() -> None:
     for n, k in ((37888, 3584), (6144, 1024)):
         for m in (1, 128):
             gemm.gate_up_silu(empty(m, k), gemm.SkinnyWeight(empty(n, k)))
+        for m in (180, 256, 500, 1000, 5000):
+            tile = wide_gemm.plan(n, k, m) or wide_gemm.WideTile(64, 128, 32, 4, 3)
+            wide_gemm.gate_up_silu(empty(m, k), empty(n, k), tile)
     for m in (1, 128):
         gemm.logits(empty(m, 1024), gemm.SkinnyWeight(empty(32000, 1024)))
 
@@ -88,6 +93,11 @@ def attention() -> None:
         both = None if by_tma is None else (by_tma, by_tma)
         q = rope_cache.rope_cache(empty(100, 12, dim), None, (cos, cos), where, where, cache, cache)
         prefill_attention.prefill(q, cache, cache, ints, ints, tables, (ints, ints), 1.0, 70, None, both, cap)
+        for window in (None, 70):
+            fixed_attention.prefill(q, cache, cache, ints, ints, tables, (ints, ints), 1.0, window, None, both)
+            for splits in (1, 8):
+                scratch = fixed_attention.Scratch(100, 8, 2, dim, 1000, CPU, splits)
+                fixed_attention.decode(q, cache, cache, tables, where, where, 1.0, window, scratch, empty(100, 8 * dim), both)
 
 
 def others() -> None:

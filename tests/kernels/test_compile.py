@@ -14,8 +14,8 @@ pytest.importorskip("triton", reason="triton comes with torch's CUDA builds; wit
 
 from llmkit_kernels import gemm
 
-KERNELS = {"_product", "_product_1", "_gate_up_silu_1", "_decode", "_prefill", "_rope_cache", "_add_rms_norm", "_embed_rms_norm",
-           "_silu_mul_pairs", "_best_of_part", "_best_of_all",
+KERNELS = {"_product", "_product_1", "_gate_up_silu_1", "_gate_up_silu_wide", "_silu_mul_pairs", "_decode", "_prefill", "_fixed_decode", "_fixed_prefill",
+           "_rope_cache", "_add_rms_norm", "_embed_rms_norm", "_best_of_part", "_best_of_all",
            "_begin_counting", "_count_bins", "_settle", "_penalise", "_count_said"}  # fmt: skip
 
 

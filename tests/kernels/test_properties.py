@@ -3,7 +3,6 @@ before; beside it, and in cache blocks of others, nothing may change. Without a 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +29,7 @@ from kernel_cases import (
     slots_of,
     unfused,
 )
-from llmkit_kernels import activation, decode_attention, gemm, norm, prefill_attention, reference, rope_cache
+from llmkit_kernels import activation, decode_attention, gemm, norm, prefill_attention, reference, rope_cache, wide_gemm
 
 # The kernels' own dtypes; Triton's interpreter has no products of bfloat16, and on a GPU those of fp32 are TF32's.
 DTYPES = [torch.bfloat16, torch.float16] if ON_GPU else [torch.float32, torch.float16]
@@ -135,7 +134,9 @@ class Decode:
 
 
 PARTS = st.sampled_from([1, 2, 4, 8])
-CUTS = st.builds(decode_attention.Cut, PARTS, st.sampled_from([16, 64]), st.sampled_from([1, 3]), st.just(2))
+CUTS = st.builds(
+    decode_attention.Cut, PARTS, st.sampled_from([16, 64]), st.sampled_from([1, 3]), st.sampled_from([2, 3]), st.booleans()
+)
 
 
 @st.composite
@@ -311,7 +312,7 @@ def test_silu_mul_pairs(tokens: int, width: int, dtype: torch.dtype, scale: floa
     near(got, silu_mul(x), dtype)
 
 
-FEW = st.one_of(st.integers(1, 20), st.integers(1, gemm.MOST_TOKENS), st.sampled_from([32, 33, 64, 65, 96, 97, 128]))
+FEW = st.one_of(st.integers(1, 20), st.integers(1, 300), st.sampled_from([32, 33, 64, 65, 96, 97, 128, 129, 192, 193, 256]))
 COLUMNS = st.one_of(st.integers(1, 200), st.sampled_from([64, 128, 512, 1024]))
 ROWS = st.one_of(st.integers(1, 150), st.sampled_from([64, 128, 256]))
 SIDES = st.sampled_from([32, 64, 128])
@@ -366,7 +367,13 @@ def test_logits(case: Product) -> None:
     near(got, want, case.dtype)
 
 
-@pytest.mark.parametrize("product", [gemm.partial_products, gemm.gate_up_silu, gemm.logits])
-def test_more_tokens_than_a_tile_holds_are_refused(product: Callable[[Tensor, gemm.SkinnyWeight], Tensor]) -> None:
-    with pytest.raises(ValueError, match="129 tokens"):
-        product(normal(gemm.MOST_TOKENS + 1, 64), gemm.SkinnyWeight(normal(64, 64)))
+WIDE_TILES = st.builds(wide_gemm.WideTile, st.sampled_from([64, 128]), SIDES, SIDES, st.just(4), st.integers(1, 4))
+
+
+@examples(20)
+@given(products(ROWS.map(lambda n: 2 * n)), WIDE_TILES)
+def test_gate_up_silu_of_many(case: Product, tile: wide_gemm.WideTile) -> None:
+    x, w, want = case.tensors()
+    with guarded_allocations():
+        got = wide_gemm.gate_up_silu(x, w, tile)
+    near(got, silu_mul(want), case.dtype)

@@ -11,7 +11,7 @@ pytest.importorskip("triton", reason="triton comes with torch's CUDA builds; wit
 import triton
 import triton.language as tl
 from kernel_cases import DEVICE, DTYPE, attend, cache_of, close, normal, poisoned, rotary, slots_of, unfused
-from llmkit_kernels import activation, decode_attention, gemm, norm, prefill_attention, reference, rope_cache, sampling
+from llmkit_kernels import activation, decode_attention, gemm, norm, prefill_attention, reference, rope_cache, sampling, wide_gemm
 from llmkit_kernels.soft_cap import log2_scores
 
 
@@ -41,7 +41,7 @@ def test_embed_rms_norm(rows: list[int] | None) -> None:
     close(out, reference.rms_norm(want, weight, 1e-5))
 
 
-@pytest.mark.parametrize("m", [1, 3, 16, 33, 70, 128])
+@pytest.mark.parametrize("m", [1, 3, 16, 33, 70, 128, 150, 300])
 @pytest.mark.parametrize(
     ("n", "k", "tile"),
     [(128, 256, gemm.Tile(64, 64, 4, 3, 2)), (96, 192, None), (200, 96, gemm.Tile(64, 32, 4, 2, 3)), (128, 1024, None)],
@@ -53,7 +53,7 @@ def test_partial_products_add_up(m: int, n: int, k: int, tile: gemm.Tile | None)
     close(got.sum(0), x.double() @ w.double().T)
 
 
-@pytest.mark.parametrize("m", [1, 5, 17, 90, 128])
+@pytest.mark.parametrize("m", [1, 5, 17, 90, 128, 200, 257])
 @pytest.mark.parametrize(("n", "k"), [(128, 128), (160, 64), (128, 1024)])
 def test_gate_up_silu(m: int, n: int, k: int) -> None:
     x, w = normal(m, k), normal(n, k, scale=k**-0.5)
@@ -61,14 +61,22 @@ def test_gate_up_silu(m: int, n: int, k: int) -> None:
     close(gemm.gate_up_silu(x, gemm.SkinnyWeight(w), poisoned(m, n // 2)), torch.nn.functional.silu(gate) * up)
 
 
-@pytest.mark.parametrize("m", [1, 2, 20, 65, 128])
+@pytest.mark.parametrize("tile", [wide_gemm.WideTile(64, 128, 64, 4, 3), wide_gemm.WideTile(128, 64, 32, 4, 2)])
+@pytest.mark.parametrize(("m", "n", "k"), [(1, 2, 1), (130, 256, 128), (600, 96, 200), (64, 2000, 96)])
+def test_gate_up_silu_of_many(m: int, n: int, k: int, tile: wide_gemm.WideTile) -> None:
+    x, w = normal(m, k), normal(n, k, scale=k**-0.5)
+    gate, up = (x.double() @ w.double().T).unflatten(1, (-1, 2)).unbind(2)
+    close(wide_gemm.gate_up_silu(x, w, tile, poisoned(m, n // 2)), torch.nn.functional.silu(gate) * up)
+
+
+@pytest.mark.parametrize("m", [1, 2, 20, 65, 128, 129])
 def test_logits(m: int) -> None:
     x, w = normal(m, 128), normal(1000, 128, scale=0.1)
     close(gemm.logits(x, gemm.SkinnyWeight(w), poisoned(m, 1000, dtype=torch.float32)), x.double() @ w.double().T)
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "dim", "size"), [(4, 2, 32, 16), (7, 1, 64, 64), (2, 2, 32, 32)])
-@pytest.mark.parametrize("cut", [(1, 64, 1, 2), (4, 64, 1, 3), (2, 64, 4, 2)])
+@pytest.mark.parametrize("cut", [(1, 64, 1, 2), (4, 64, 1, 3), (2, 64, 4, 2), (8, 64, 1, 3, True)])
 @pytest.mark.parametrize("options", ["plain", "bias", "norm", "window", "no rotary", "rows"])
 def test_fused_decode(heads: int, kv_heads: int, dim: int, size: int, cut: tuple[int, ...], options: str) -> None:
     """Some sequences have fewer tiles of keys than there may be parts."""
