@@ -38,6 +38,7 @@ class EngineConfig:
     tensor_parallel_size: int = option(1, "GPUs that share each layer", at_least=1)
     attention_backend: str = option("auto", "who computes attention", ("auto", "triton", "torch", "flash_attn"))
     enforce_eager: bool = option(False, "never capture CUDA graphs")
+    deterministic: bool = option(False, "the same tokens and logprobs, bit for bit, whatever else is in the batch (GPU)")
     seed: int = option(0, "seed of requests that bring none")
     trust_remote_code: bool = option(False, "allow Python code that comes with the model (tokenizer only)")
     revision: str | None = option(None, "branch, tag or commit of the model on its hub")

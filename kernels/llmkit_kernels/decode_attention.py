@@ -238,8 +238,8 @@ class Cut:
     """How a batch's keys are cut: parts of a sequence at most, keys of a tile, tiles of a part at least, stages of the pipeline,
     whether a tile's block is looked up one tile ahead.
 
-    Fixed by the size of the batch alone, so that results repeat. Measured on an H100: few sequences want as many programs as there
-    are multiprocessors, each with much under way; many sequences want many programs on a multiprocessor, each with one tile.
+    Fixed by the size of the batch alone, so that results repeat. Measured on an H100: few sequences want a program on each
+    multiprocessor, with much under way; many sequences want many programs there, each with a tile or two.
     """
 
     splits: int

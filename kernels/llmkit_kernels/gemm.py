@@ -40,7 +40,7 @@ def beats_cublas(w: SkinnyWeight, m: int) -> bool:
     n, k = w.weight.shape
     small = 2 * n * k <= _SMALL
     if m > MOST_TOKENS:
-        return m <= 256 and small and n <= 2048
+        return m <= 256 and small
     return m <= 96 or k >= 8192 or k >= n >= 2048 or small
 
 

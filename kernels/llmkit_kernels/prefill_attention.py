@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from llmkit_kernels.launch import descriptor, is_hopper, shared_memory
+from llmkit_kernels.launch import begin, descriptor, is_hopper, pdl, shared_memory
 from llmkit_kernels.soft_cap import log2_scores
 
 TILE = 64  # keys at a time
@@ -48,8 +48,9 @@ def _prefill(
     q, k_cache, v_cache, k_desc, v_desc, out, block_tables, cu_seqlens, context_lens, tile_sequence, tile_start, q_stride,
     table_stride, scale, window,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
-    WINDOW: tl.constexpr, CAP: tl.constexpr, TMA: tl.constexpr,
+    WINDOW: tl.constexpr, CAP: tl.constexpr, TMA: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    begin(PDL)
     head, tile = tl.program_id(0), tl.program_id(1)
     g = head // (H // G)
     s = tl.load(tile_sequence + tile)
@@ -142,7 +143,7 @@ def prefill(
         q, k_cache, v_cache, k_desc, v_desc, out, block_tables, cu_seqlens, context_lens, tiles[0], tiles[1], q.stride(0),
         block_tables.stride(0), scale, window or 0, H=heads, G=kv_heads, D=dim, BLOCK_SIZE=size, QUERIES=QUERY_TILE, KEYS=keys,
         WINDOW=window is not None, CAP=soft_cap or 0.0, TMA=descriptors is not None, num_warps=4 if dim <= 128 else 8,
-        num_stages=3 if room >= 4 * keys * row else 2,
+        num_stages=3 if room >= 4 * keys * row else 2, **pdl(),
     )  # fmt: skip
     return out
 

@@ -1,8 +1,9 @@
-"""The gate/up product of many tokens with SiLU in its end: x [M, K] against W [2·I, K], compute-bound, for prompts.
+"""Products of many tokens, compute-bound, for prompts: x [M, K] against W [N, K].
 
-cuBLAS multiplies as fast, but then writes twice as much as is needed, and one more kernel reads it all: a tenth of the product's
-time. Here as many programs as the GPU has multiprocessors take tile after tile, so that the next tile's loads run under the end of
-this one; tiles that share rows of x or W are taken close to each other, so that both stay in the second-level cache.
+For gate and up with SiLU in its end: cuBLAS multiplies as fast, but then writes twice what is needed, and one more kernel reads
+it all, a tenth of the product's time. And for results whose bits never depend on M (`fixed_gemm`), of which cuBLAS says nothing.
+As many programs as the GPU has multiprocessors take tile after tile, so that the next tile's loads run under the end of this one;
+tiles that share rows of x or W are taken close to each other, so that both stay in the second-level cache.
 """
 
 from __future__ import annotations
@@ -56,29 +57,66 @@ def _load(x, desc, row, k, ROWS, K, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, 
     return tile
 
 
+@triton.jit
+def _accumulate(
+    x, x_desc, w, w_desc, token, row, first, end, M, N, K, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    TMA: tl.constexpr,
+):  # fmt: skip
+    """[BLOCK_M, BLOCK_N]: the product's part of columns first..end."""
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for k in range(first, end, BLOCK_K):
+        hidden = _load(x, x_desc, token, k, M, K, BLOCK_M, BLOCK_K, TMA)
+        acc = tl.dot(hidden, tl.trans(_load(w, w_desc, row, k, N, K, BLOCK_N, BLOCK_K, TMA)), acc)
+    return acc
+
+
+@triton.jit
+def _store(out, out_desc, value, token, column, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr):
+    if TMA:
+        out_desc.store([token, column], value)
+    else:
+        tokens, columns = token + tl.arange(0, BLOCK_M)[:, None], column + tl.arange(0, BLOCK_N)[None, :]
+        tl.store(out + tokens.to(tl.int64) * N + columns, value, mask=(tokens < M) & (columns < N))
+
+
 @triton.jit(do_not_specialize=["M"])
-def _gate_up_silu_wide(
+def _wide_product(
     x, x_desc, w, w_desc, out, out_desc, M, N, K, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    TOGETHER: tl.constexpr, TMA: tl.constexpr,
+    SPLITS: tl.constexpr, SILU: tl.constexpr, TOGETHER: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
-    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=True):
+    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=SPLITS == 1):
         band = tile // (TOGETHER * tiles_n)
         width = tl.minimum(tiles_m - band * TOGETHER, TOGETHER)
         within = tile % (TOGETHER * tiles_n)
         token, row = (band * TOGETHER + within % width) * BLOCK_M, within // width * BLOCK_N
-        acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        for k in range(0, K, BLOCK_K):
-            hidden = _load(x, x_desc, token, k, M, K, BLOCK_M, BLOCK_K, TMA)
-            acc = tl.dot(hidden, tl.trans(_load(w, w_desc, row, k, N, K, BLOCK_N, BLOCK_K, TMA)), acc)
-        gate, up = tl.split(tl.reshape(acc, [BLOCK_M, BLOCK_N // 2, 2]))
-        value = (gate * tl.sigmoid(gate) * up).to(out.dtype.element_ty)
-        if TMA:
-            out_desc.store([token, row // 2], value)
+        each = K // SPLITS
+        total = _accumulate(x, x_desc, w, w_desc, token, row, 0, each, M, N, K, BLOCK_M, BLOCK_N, BLOCK_K, TMA)
+        for split in tl.static_range(1, SPLITS):
+            total += _accumulate(
+                x, x_desc, w, w_desc, token, row, split * each, (split + 1) * each, M, N, K, BLOCK_M, BLOCK_N, BLOCK_K, TMA)
+        if SILU:
+            gate, up = tl.split(tl.reshape(total, [BLOCK_M, BLOCK_N // 2, 2]))
+            value = (gate * tl.sigmoid(gate) * up).to(out.dtype.element_ty)
+            _store(out, out_desc, value, token, row // 2, M, N // 2, BLOCK_M, BLOCK_N // 2, TMA)
         else:
-            tokens, columns = token + tl.arange(0, BLOCK_M)[:, None], row // 2 + tl.arange(0, BLOCK_N // 2)[None, :]
-            inside = (tokens < M) & (columns < N // 2)
-            tl.store(out + tokens.to(tl.int64) * (N // 2) + columns, value, mask=inside)
+            _store(out, out_desc, total, token, row, M, N, BLOCK_M, BLOCK_N, TMA)
+
+
+def _launch(x: Tensor, weight: Tensor, out: Tensor, tile: WideTile, splits: int, silu: bool) -> Tensor:
+    (m, k), (n, columns) = x.shape, (weight.shape[0], out.shape[1])
+    tma = is_hopper() and k % 8 == 0 and columns % 8 == 0
+    block = tile.block_n // 2 if silu else tile.block_n
+    descriptors = (
+        (descriptor(x, tile.block_m, tile.block_k), descriptor(weight, tile.block_n, tile.block_k),
+         descriptor(out, tile.block_m, block)) if tma else (x, weight, out)
+    )  # fmt: skip
+    tiles = cdiv(m, tile.block_m) * cdiv(n, tile.block_n)
+    _wide_product[(min(num_sms(), tiles),)](
+        x, descriptors[0], weight, descriptors[1], out, descriptors[2], m, n, k, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
+        BLOCK_K=tile.block_k, SPLITS=splits, SILU=silu, TOGETHER=_TOGETHER, TMA=tma, num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    return out
 
 
 def gate_up_silu(x: Tensor, weight: Tensor, tile: WideTile, out: Tensor | None = None) -> Tensor:
@@ -86,16 +124,12 @@ def gate_up_silu(x: Tensor, weight: Tensor, tile: WideTile, out: Tensor | None =
 
     Nothing is rounded before the end. Reference: `torch.nn.functional.linear`, then `reference.silu_mul` of its gates and ups.
     """
-    (m, k), n = x.shape, weight.shape[0]
-    out = torch.empty(m, n // 2, dtype=x.dtype, device=x.device) if out is None else out
-    tma = is_hopper() and k % 8 == 0 and n % 16 == 0
-    descriptors = (
-        (descriptor(x, tile.block_m, tile.block_k), descriptor(weight, tile.block_n, tile.block_k),
-         descriptor(out, tile.block_m, tile.block_n // 2)) if tma else (x, weight, out)
-    )  # fmt: skip
-    tiles = cdiv(m, tile.block_m) * cdiv(n, tile.block_n)
-    _gate_up_silu_wide[(min(num_sms(), tiles),)](
-        x, descriptors[0], weight, descriptors[1], out, descriptors[2], m, n, k, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
-        BLOCK_K=tile.block_k, TOGETHER=_TOGETHER, TMA=tma, num_warps=tile.warps, num_stages=tile.stages,
-    )  # fmt: skip
-    return out
+    out = torch.empty(x.shape[0], weight.shape[0] // 2, dtype=x.dtype, device=x.device) if out is None else out
+    return _launch(x, weight, out, tile, 1, silu=True)
+
+
+def product(x: Tensor, weight: Tensor, tile: WideTile, splits: int = 1, out: Tensor | None = None) -> Tensor:
+    """x · weightᵀ as fp32 [M, N]: the sum, in order, of the products of `splits` equal parts of K, a multiple of splits · block_k
+    unless splits is 1."""
+    out = torch.empty(x.shape[0], weight.shape[0], dtype=torch.float32, device=x.device) if out is None else out
+    return _launch(x, weight, out, tile, splits, silu=False)

@@ -1,7 +1,8 @@
 """Attention back ends behind one interface: a back end prepares a step once, and every layer then asks that step to attend.
 
 reference: plain torch, any device. triton: our kernels, on a GPU. varlen: torch's flash attention over blocks, on a GPU.
-flash: flash_attn for prompts beside our kernels for decoding. choice: which of them, and why.
+flash: flash_attn for prompts beside our kernels for decoding. fixed: our kernels for deterministic=True. choice: which of them,
+and why.
 """
 
 from __future__ import annotations
@@ -52,6 +53,10 @@ def create_backend(
         from llmkit.attention.triton import TritonBackend
 
         return TritonBackend(kv_cache, rotary, heads)
+    if name == "fixed":
+        from llmkit.attention.fixed import FixedBackend
+
+        return FixedBackend(kv_cache, rotary, heads)
     if name == "flash_attn":
         from llmkit.attention.flash import FlashBackend
 

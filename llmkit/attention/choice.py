@@ -37,11 +37,18 @@ class Choice:
 
 
 def choose(
-    asked: str, device: torch.device, dtype: torch.dtype, model: ModelConfig, block_size: int | None = None
+    asked: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    model: ModelConfig,
+    block_size: int | None = None,
+    deterministic: bool = False,
 ) -> Choice:
-    """asked: triton, torch, flash_attn, or auto for the best there is. ConfigError says why a back end that was asked for cannot
-    work here. block_size: as the user gave it."""
+    """asked: triton, torch, flash_attn, or auto for the best there is. deterministic: the one whose bits never depend on the
+    batch. ConfigError says why what was asked for cannot work here. block_size: as the user gave it."""
     no_triton = _no_triton(device, dtype, model)
+    if deterministic:
+        return _fixed(asked, no_triton, model, block_size)
     if asked == "triton" and no_triton:
         raise ConfigError(f"attention_backend='triton' cannot work here: {no_triton}", "use attention_backend='auto' or 'torch'")
     if asked == "flash_attn":
@@ -49,6 +56,17 @@ def choose(
     if asked == "torch" or no_triton:
         return _torch(device, dtype, model, block_size, "" if asked == "torch" or device.type == "cpu" else no_triton)
     return Choice("triton", block_size or 64)
+
+
+def _fixed(asked: str, no_triton: str, model: ModelConfig, block_size: int | None) -> Choice:
+    if asked not in ("auto", "triton"):
+        raise ConfigError(f"deterministic=True has its own attention, attention_backend={asked!r} cannot be had with it",
+                          "drop one of the two")  # fmt: skip
+    biased = "the model adds biases where our fused kernels add none" if model.o_bias or model.mlp_bias else ""
+    if why := no_triton or biased:
+        raise ConfigError(f"deterministic=True cannot work here: {why}",
+                          "drop the option; with seeds, runs of the same requests in the same order mostly repeat")  # fmt: skip
+    return Choice("fixed", block_size or 64, because="deterministic")
 
 
 def _flash(no_triton: str, block_size: int | None) -> Choice:

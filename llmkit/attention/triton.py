@@ -99,7 +99,7 @@ class TritonStep:
         if n:
             self.decode(layer, qkv[:n], out[:n])
         if self.runs:
-            self._prefill(layer, qkv[n:], out[n:].view(-1, heads, dim))
+            self.prefill(layer, qkv[n:], out[n:])
         return out
 
     def decode(self, layer: Attention, qkv: Tensor, out: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -112,12 +112,14 @@ class TritonStep:
             layer.head_dim**-0.5, layer.window, d.scratch, out,
         )  # fmt: skip
 
-    def _prefill(self, layer: Attention, qkv: Tensor, out: Tensor) -> None:
-        n = self.num_decodes
+    def prefill(self, layer: Attention, qkv: Tensor, out: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The prompt tokens; qkv may be fp32 partial products [S, T, (H+2G)·D] whose bias is still to be added. out: [T, H·D]."""
+        n, dim = self.num_decodes, layer.head_dim
         k_cache, v_cache = self.kv_cache[layer.layer].unbind(0)
-        heads = qkv.view(qkv.shape[0], -1, layer.head_dim)
-        q = rope_cache(heads, layer.norms, self._tables(layer), self.positions[n:], self.slots[n:], k_cache, v_cache)
-        self._attend_runs(layer, q, k_cache, v_cache, out)
+        places = self.positions[n:], self.slots[n:], k_cache, v_cache
+        q = rope_cache(qkv.unflatten(-1, (-1, dim)), layer.norms, self._tables(layer), *places, bias)
+        self._attend_runs(layer, q, k_cache, v_cache, out.view(-1, layer.num_heads, dim))
+        return out
 
     def _attend_runs(self, layer: Attention, q: Tensor, k_cache: Tensor, v_cache: Tensor, out: Tensor) -> None:
         """Prompt tokens q [n, H, D], rotated, over the cache, which holds their own keys too -> out [n, H, D]."""

@@ -61,7 +61,7 @@ def _suite(args: argparse.Namespace) -> int:
         suite = Suite(rows, SMALL if args.tiny else FULL, Clock(args.budget), args.repeat, out, engine_options(args))
         code = suite.run()
     if args.markdown:
-        print("\n" + markdown(suite.results, suite.device_name, llmkit.__version__))
+        print("\n" + markdown(suite.results, suite.device_name, llmkit.__version__, suite.options))
     return code
 
 

@@ -182,12 +182,13 @@ def _number(value: float | None) -> str:
     return f"{value:>9,.0f}" if abs(value) >= 1000 else f"{value:>9.3g}" if value == round(value) else f"{value:>9.3f}"
 
 
-def markdown(results: list[dict[str, Any]], device: str, version: str) -> str:
-    """Rows for RESULTS.md: date, device, what, figure, share of limit."""
-    found = []
+def markdown(results: list[dict[str, Any]], device: str, version: str, options: dict[str, Any]) -> str:
+    """Rows for RESULTS.md: date, device, what, figure, share of limit. options: what the engine was told beyond the suite."""
+    found, told = [], "".join(f", {name}={value}" for name, value in options.items())
     for r in results:
         if "value" in r:
             share = f"{r['limit_share']:.0%}" if r["limit_share"] is not None else "–"
             figure = f"{_number(r['value']).strip()} {r['unit']} (vLLM 0.26: {_number(r['vllm']).strip()})"
-            found.append(f"| {r['date']} | {device} | h100: {r['name']}, {r['what']}, llmkit {version} | {figure} | {share} |")
+            what = f"h100: {r['name']}, {r['what']}{told}, llmkit {version}"
+            found.append(f"| {r['date']} | {device} | {what} | {figure} | {share} |")
     return "\n".join(found)

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llmkit.attention.fixed import FixedBackend
 from llmkit.attention.triton import TritonBackend, TritonStep
 from llmkit.engine.batch import Batch
 from llmkit.engine.drawing import Drawing, Work
@@ -16,7 +17,8 @@ from llmkit.engine.runner import Runner, StepResult
 from llmkit.engine.sampler import SampledTokens
 from llmkit.engine.scheduler import Schedule
 from llmkit.models.decoder import Decoder
-from llmkit.models.fused_decode import FusedDecode
+from llmkit.models.fixed import FixedForward
+from llmkit.models.fused import FusedForward
 
 
 class _OnTheWay(SampledTokens):
@@ -41,9 +43,9 @@ class CudaRunner(Runner):
         self, model: Decoder, rows: Rows, num_blocks: int, max_tokens: int, dtype: torch.dtype, enforce_eager: bool = False
     ) -> None:
         self.enforce_eager = enforce_eager
-        self.fused = FusedDecode(model)
         super().__init__(model, rows, num_blocks, max_tokens, dtype)
         assert isinstance(self.backend, TritonBackend)  # or `create_runner` would have made a plain one
+        self.passes = self.fused = FixedForward(model) if isinstance(self.backend, FixedBackend) else FusedForward(model)
         self.decoding = self.backend
 
     def attach(self, rows: Rows) -> None:
@@ -89,7 +91,7 @@ class CudaRunner(Runner):
 
     def _prompt(self, ids: Tensor, step: TritonStep, last: Tensor, rows: Tensor, work: Work) -> tuple[Tensor, Tensor]:
         """The body of a graph: whole prompts, and one token of each of `rows`."""
-        logits = self.model.logits(self.model.forward(ids, step)[last])
+        logits = self.fused.logits(self.fused.forward(ids, step)[last])
         return self.drawing.draw(logits, rows, work), logits
 
     def _load_rows(self, schedule: Schedule) -> None:
@@ -109,7 +111,7 @@ class CudaRunner(Runner):
         """The body of a graph: one token of each row."""
         state = self.state
         step = self.decoding.prepare_decode(state.position, state.block_table, rows)
-        logits = self.fused(state.last_token, rows, step)
+        logits = self.fused.decode(state.last_token, rows, step)
         return self.drawing.draw(logits, rows, work), logits
 
     def _choose(self, logits: Tensor, batch: Batch) -> SampledTokens:

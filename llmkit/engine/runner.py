@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -40,6 +41,18 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
 
 
+class Passes(Protocol):
+    """What computes a step: a decoder, or what runs it with fewer kernels."""
+
+    def forward(self, input_ids: torch.Tensor, step: Any) -> torch.Tensor:
+        """input_ids int64 [T] -> hidden states [T, hidden]; writes the step's keys and values."""
+        ...
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden [R, hidden] -> float32 [R, vocab]."""
+        ...
+
+
 class Runner:
     """Owns the KV cache and the buffers whose addresses never change, so that a captured graph can replay over them.
 
@@ -51,6 +64,7 @@ class Runner:
     def __init__(self, model: Decoder, rows: Rows, num_blocks: int, max_tokens: int, dtype: torch.dtype) -> None:
         c, device = model.config, model.device
         self.model, self.device = model, device
+        self.passes: Passes = model
         shape = (c.num_layers, 2, num_blocks, c.num_kv_heads, rows.block_size, c.head_dim)
         self.kv_cache = _zeros(shape, dtype, device)
         self.backend = create_backend(self.kv_cache, model.rotary, c.num_heads, set(c.windows), model.attention)
@@ -75,7 +89,7 @@ class Runner:
         pooled = pool(batch, hidden, self.rows)
         if not batch.sampled.size:
             return StepResult(None, asked, pooled)
-        logits = self.model.logits(hidden[self._index(batch.last_tokens)])
+        logits = self.passes.logits(hidden[self._index(batch.last_tokens)])
         return StepResult(self._choose(logits, batch), asked, pooled)
 
     def _choose(self, logits: torch.Tensor, batch: Batch) -> SampledTokens:
@@ -123,7 +137,7 @@ class Runner:
         if decodes:
             self.input_ids[:decodes] = self.last_token[self._index(batch.rows[:decodes])]
         step = self.backend.prepare(batch, self.positions[:t], self.slot_mapping[:t])
-        return self.model.forward(self.input_ids[:t], step)
+        return self.passes.forward(self.input_ids[:t], step)
 
     def _prompt_logprobs(self, batch: Batch, hidden: torch.Tensor) -> list[tuple[Request, TopLogprobs]]:
         """For the requests that asked: position i of a prompt says how likely its token i+1 was."""
@@ -138,7 +152,7 @@ class Runner:
             for lo in range(first, min(end, len(request.prompt) - 1), _LOGIT_ROWS):
                 hi = min(lo + _LOGIT_ROWS, end, len(request.prompt) - 1)
                 targets = self._index(request.prompt[lo + 1 : hi + 1].astype(np.int64))
-                logits = self.model.logits(hidden[offset + lo : offset + hi])
+                logits = self.passes.logits(hidden[offset + lo : offset + hi])
                 found.append((request, top_logprobs(logits, targets, request.params.prompt_logprobs)))
         return found
 
@@ -150,8 +164,8 @@ def create_runner(
     in_torch = model.attention is not None and model.attention.name == "torch"
     if ops.has_kernels(model.device, dtype) and not in_torch:
         from llmkit.engine.cuda_runner import CudaRunner
-        from llmkit.models.fused_decode import FusedDecode
+        from llmkit.models.fused import FusedForward
 
-        if FusedDecode.supports(model):
+        if FusedForward.supports(model):
             return CudaRunner(model, rows, num_blocks, max_tokens, dtype, enforce_eager)
     return Runner(model, rows, num_blocks, max_tokens, dtype)

@@ -98,7 +98,9 @@ def _start(config: EngineConfig, report: StartupReport) -> Started:
         with report.stage("device"):
             device = choose_device(config.device)
             dtype = choose_dtype(config.dtype, model_config.dtype, device)
-            attention = choose(config.attention_backend, device, dtype, model_config, config.block_size)
+            attention = choose(
+                config.attention_backend, device, dtype, model_config, config.block_size, config.deterministic
+            )
             config = dataclasses.replace(config, block_size=attention.block_size)
             used_before = device_used(device)
             check_room(model_config, dtype, device, used_before)

@@ -162,7 +162,8 @@ def test_a_row_that_breaks_leaves_the_others(monkeypatch, tmp_path, capsys):
     assert shown[-2].endswith("broke: RuntimeError: CUDA error: something")
     assert shown[-1].split()[-3:] == ["5.00", "–", "must"]
     assert line(kept | {"reaches_must": False}).endswith("below")
-    assert "| h100: A-memory, x, llmkit 9 | 2 MiB (vLLM 0.26: 10) | – |" in markdown(made.results, "gpu", "9")
+    assert "| h100: A-memory, x, llmkit 9 | 2 MiB (vLLM 0.26: 10) | – |" in markdown(made.results, "gpu", "9", {})
+    assert "| h100: A-memory, x, seed=3, llmkit 9 |" in markdown(made.results, "gpu", "9", {"seed": 3})
 
 
 def test_a_process_that_dies_says_why(tmp_path):

@@ -99,6 +99,15 @@ def test_greedy_and_penalised_are_those_of_the_plain_runner(gpu, plain):
     assert said(gpu, each) == [expected[0], *penalised[1:]], "on the device, and by torch"
 
 
+def test_deterministic_says_what_the_plain_runner_says_in_any_company(on_the_gpu, folder, plain):
+    prompts = [*PROMPTS, [9] * 40]
+    with load(folder, deterministic=True, max_num_batched_tokens=16) as llm:
+        assert llm._engine.runner.backend.name == "fixed"
+        expected = said(plain, GREEDY, prompts)
+        assert said(llm, GREEDY, prompts) == expected, "steps that mix decodes and chunks of prompts among them"
+        assert [said(llm, GREEDY, [p])[0] for p in prompts] == expected
+
+
 def test_limits_that_leave_one_token_are_greedy(gpu, plain):
     each = [WARM.clone(top_k=1), WARM.clone(top_p=1e-6), WARM.clone(min_p=1.0)]
     assert said(gpu, each) == said(plain, GREEDY)

@@ -71,6 +71,36 @@ def agreement(answers: list[list[int]], expected: list[list[int]]) -> float:
     return sum(a == b for x, y in zip(answers, expected) for a, b in zip(x, y)) / (NEW * len(expected))
 
 
+def bits(llm: LLM, prompts: list[list[int]], together: bool) -> list[tuple[list[int], list[float]]]:
+    """Each prompt's greedy tokens with their logprobs, in one call or one by one."""
+    params = SamplingParams(temperature=0, max_tokens=NEW, ignore_eos=True, detokenize=False, logprobs=0)
+    calls = [prompts] if together else [[p] for p in prompts]
+    outputs = [o.outputs[0] for call in calls for o in llm.generate(call, params, use_tqdm=False)]
+    return [(list(o.token_ids), [at[t].logprob for t, at in zip(o.token_ids, o.logprobs)]) for o in outputs]
+
+
+def test_deterministic_gives_the_same_bits_whatever_the_batch(folder, prompts):
+    """Alone, among 128, in chunks, from the prefix cache, eagerly: tokens and logprobs are equal, not nearly so."""
+    generator = torch.Generator().manual_seed(1)
+    others = [torch.randint(5000, (1 + 7 * i % 230,), generator=generator).tolist() for i in range(121)]
+    with engine(folder, deterministic=True, enable_prefix_caching=False) as llm:
+        alone, crowd = bits(llm, prompts, together=False), bits(llm, prompts + others, together=True)
+    assert crowd[: len(prompts)] == alone
+    with engine(folder, deterministic=True) as llm:
+        assert bits(llm, prompts, together=False) == alone
+        assert llm.stats()["prefix_cache_hits"] == 0
+        assert bits(llm, prompts[::-1], together=True)[::-1] == alone
+        assert llm.stats()["prefix_cache_hits"] > 0
+    for options in ({"max_num_batched_tokens": 136, "max_num_seqs": 128}, {"enforce_eager": True}, {"block_size": 16}):
+        with engine(folder, deterministic=True, **options) as llm:
+            assert bits(llm, prompts + others, together=True) == crowd, options
+
+
+def test_deterministic_nearly_agrees_with_the_quicker_road(folder, prompts, expected):
+    with engine(folder, deterministic=True) as llm:
+        assert agreement(tokens(llm, prompts), expected) >= 0.75
+
+
 @pytest.mark.parametrize("options", [{"enforce_eager": True}, {"enable_prefix_caching": False}], ids=["eager", "no caching"])
 def test_the_same_kernels_say_the_same(folder, prompts, expected, options):
     with engine(folder, **options) as llm:

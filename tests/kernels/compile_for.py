@@ -15,6 +15,7 @@ from llmkit_kernels import (
     decode_attention,
     filters,
     fixed_attention,
+    fixed_gemm,
     gemm,
     launch,
     norm,
@@ -76,6 +77,9 @@ def products() -> None:
         for m in (180, 256, 500, 1000, 5000):
             tile = wide_gemm.plan(n, k, m) or wide_gemm.WideTile(64, 128, 32, 4, 3)
             wide_gemm.gate_up_silu(empty(m, k), empty(n, k), tile)
+    for n, k in ((4608, 3584), (3584, 18944), (4096, 1024), (32000, 1024)):
+        for m in (1, 32, 64, 128, 200, 5000):
+            fixed_gemm.product(empty(m, k), gemm.SkinnyWeight(empty(n, k)))
     for m in (1, 128):
         gemm.logits(empty(m, 1024), gemm.SkinnyWeight(empty(32000, 1024)))
 
@@ -92,6 +96,8 @@ def attention() -> None:
         by_tma = prefill_attention.cache_descriptor(cache)
         both = None if by_tma is None else (by_tma, by_tma)
         q = rope_cache.rope_cache(empty(100, 12, dim), None, (cos, cos), where, where, cache, cache)
+        parts = empty(2, 100, 12, dim, dtype=torch.float32)
+        rope_cache.rope_cache(parts, None, (cos, cos), where, where, cache, cache, empty(12 * dim))
         prefill_attention.prefill(q, cache, cache, ints, ints, tables, (ints, ints), 1.0, 70, None, both, cap)
         for window in (None, 70):
             fixed_attention.prefill(q, cache, cache, ints, ints, tables, (ints, ints), 1.0, window, None, both)

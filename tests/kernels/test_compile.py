@@ -14,8 +14,8 @@ pytest.importorskip("triton", reason="triton comes with torch's CUDA builds; wit
 
 from llmkit_kernels import gemm
 
-KERNELS = {"_product", "_product_1", "_gate_up_silu_1", "_gate_up_silu_wide", "_silu_mul_pairs", "_decode", "_prefill", "_fixed_decode", "_fixed_prefill",
-           "_rope_cache", "_add_rms_norm", "_embed_rms_norm", "_best_of_part", "_best_of_all",
+KERNELS = {"_product", "_product_1", "_gate_up_silu_1", "_wide_product", "_silu_mul_pairs", "_decode", "_prefill",
+           "_fixed_decode", "_fixed_prefill", "_rope_cache", "_add_rms_norm", "_embed_rms_norm", "_best_of_part", "_best_of_all",
            "_begin_counting", "_count_bins", "_settle", "_penalise", "_count_said"}  # fmt: skip
 
 
@@ -51,6 +51,6 @@ def test_on_a_hopper_every_planned_tile_is_taken_as_it_is(monkeypatch):
     monkeypatch.setattr(gemm, "shared_memory", lambda: 232_448)
     monkeypatch.setattr("llmkit_kernels.launch.shared_memory", lambda: 232_448)
     for n, k in ((4608, 3584), (3584, 18944), (3584, 3584), (37888, 3584), (4096, 1024), (1024, 3072), (152064, 3584)):
-        for m in range(1, gemm.MOST_TOKENS + 1):
+        for m in range(1, 2 * gemm.MOST_TOKENS + 1):
             tile = gemm.plan(n, k, m)
             assert gemm.fitting(tile, sum(gemm.token_tiles(m)), 2) == tile

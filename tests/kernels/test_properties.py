@@ -29,7 +29,17 @@ from kernel_cases import (
     slots_of,
     unfused,
 )
-from llmkit_kernels import activation, decode_attention, gemm, norm, prefill_attention, reference, rope_cache, wide_gemm
+from llmkit_kernels import (
+    activation,
+    decode_attention,
+    fixed_gemm,
+    gemm,
+    norm,
+    prefill_attention,
+    reference,
+    rope_cache,
+    wide_gemm,
+)
 
 # The kernels' own dtypes; Triton's interpreter has no products of bfloat16, and on a GPU those of fp32 are TF32's.
 DTYPES = [torch.bfloat16, torch.float16] if ON_GPU else [torch.float32, torch.float16]
@@ -260,6 +270,27 @@ def test_rope_cache(case: Prompts, gap: int) -> None:
     assert torch.equal(by_slot(v_cache.inside)[slots], v)
 
 
+@examples(20)
+@given(prompts(3, 9, st.integers(1, 5)), st.integers(1, 4), st.booleans())
+def test_rope_cache_of_partial_products(case: Prompts, parts: int, biased: bool) -> None:
+    torch.manual_seed(case.layer.seed)
+    c, tokens = case.layer, sum(case.new)
+    *before, tables = cache_of(case.contexts, c.kv_heads, c.dim, c.size, c.dtype, GARBAGE)
+    total, norms, rope = c.heads + 2 * c.kv_heads, c.norms(), c.tables()
+    qkv = normal(parts, tokens, total, c.dim, scale=parts**-0.5, dtype=torch.float32)
+    bias = normal(total * c.dim, dtype=c.dtype) if biased else None
+    positions, slots = case.positions(), slots_of(tables, case.new, case.contexts, c.size)
+    q, k, v = unfused(qkv.sum(0).flatten(1), bias, norms, rope, positions, c.heads, c.kv_heads, c.dim, c.dtype)
+    k_cache, v_cache = Guarded.copy(before[0]), Guarded.copy(before[1])
+    with guarded_allocations():
+        got = rope_cache.rope_cache(
+            Guarded.copy(qkv).inside, norms, rope, positions, slots, k_cache.inside, v_cache.inside, bias
+        )
+    near(got, q, c.dtype)
+    stored(k_cache, before[0], slots, k, c.dtype)
+    stored(v_cache, before[1], slots, v, c.dtype)
+
+
 TOKENS = st.integers(1, 200 if ON_GPU else 12)  # one program each: none knows of the others
 WIDTHS = st.one_of(st.integers(1, 300), st.sampled_from([512, 1023, 1024, 1025]))
 
@@ -317,6 +348,7 @@ COLUMNS = st.one_of(st.integers(1, 200), st.sampled_from([64, 128, 512, 1024]))
 ROWS = st.one_of(st.integers(1, 150), st.sampled_from([64, 128, 256]))
 SIDES = st.sampled_from([32, 64, 128])
 TILES = st.builds(gemm.Tile, SIDES, SIDES, st.just(4), st.integers(1, 4), st.integers(1, 4))
+WIDE_TILES = st.builds(wide_gemm.WideTile, st.sampled_from([64, 128]), SIDES, SIDES, st.just(4), st.integers(1, 4))
 
 
 @dataclass
@@ -358,6 +390,30 @@ def test_gate_up_silu(case: Product, tile: gemm.Tile | None) -> None:
     near(got, silu_mul(want), case.dtype)
 
 
+@examples(20)
+@given(products(), st.sampled_from([1, 2, 4]), WIDE_TILES)
+def test_wide_product(case: Product, splits: int, tile: wide_gemm.WideTile) -> None:
+    case.k = max(case.k, 1) if splits == 1 else splits * tile.block_k * (1 + case.k % 3)
+    x, w, want = case.tensors()
+    with guarded_allocations():
+        got = wide_gemm.product(x, w, tile, splits)
+    near(got, want, case.dtype)
+
+
+@examples(25)
+@given(products(), st.sampled_from([None, 512, 8192]))
+def test_fixed_products(case: Product, k: int | None) -> None:
+    """Whatever the number of tokens, and whether K is cut or not."""
+    case.k, case.n = k or case.k, 2 * case.n
+    x, w, want = case.tensors()
+    weight = gemm.SkinnyWeight(w)
+    with guarded_allocations():
+        parts, activated, logits = (f(x, weight) for f in (fixed_gemm.product, fixed_gemm.gate_up_silu, fixed_gemm.logits))
+    near(parts.sum(0), want, case.dtype)
+    near(activated, silu_mul(want), case.dtype)
+    near(logits, want, case.dtype)
+
+
 @examples(25)
 @given(products())
 def test_logits(case: Product) -> None:
@@ -365,9 +421,6 @@ def test_logits(case: Product) -> None:
     with guarded_allocations():
         got = gemm.logits(x, gemm.SkinnyWeight(w))
     near(got, want, case.dtype)
-
-
-WIDE_TILES = st.builds(wide_gemm.WideTile, st.sampled_from([64, 128]), SIDES, SIDES, st.just(4), st.integers(1, 4))
 
 
 @examples(20)

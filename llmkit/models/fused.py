@@ -1,11 +1,15 @@
-"""A decode step in seven kernels a layer: the same numbers as `Decoder.forward` and `Decoder.logits`, for one token a sequence.
+"""A step in seven or eight kernels a layer: the same numbers as `Decoder.forward` and `Decoder.logits`, for few tokens, be they
+one of each sequence or prompts.
 
 norm (sums the partial products before it, adds them to the residual) · qkv product · attention (sums, bias, q/k norm, rotation,
-KV write, attention) · output product · norm · gate/up product with SiLU · down product. Products of few tokens are read-bound
-and use our kernels, whose partial results the next kernel sums; of many, cuBLAS.
+KV write, attention; for prompts two kernels) · output product · norm · gate/up product with SiLU · down product. Products of few
+tokens are read-bound and use our kernels, whose partial results the next kernel sums; of many, cuBLAS. Every kernel of the chain
+begins while the one before it ends, which is why a short prompt, too, is quicker this way.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -14,13 +18,17 @@ from torch import Tensor
 
 from llmkit.attention import fits_kernels
 from llmkit.attention.triton import TritonStep
+from llmkit.layers.attention import Attention
 from llmkit.layers.linear import Linear
 from llmkit.layers.norm import RMSNorm
 from llmkit.models.decoder import Decoder
 
+_MOST_PROMPT_TOKENS = gemm.MOST_TOKENS  # of a step; `Decoder.forward` is quicker with more
+Attend = Callable[[Attention, Tensor, Tensor, Tensor | None], Tensor]
 
-class FusedDecode:
-    """Runs decode steps of one decoder; holds no weights of its own."""
+
+class FusedForward:
+    """Runs the steps of one decoder, small ones fused; holds no weights of its own."""
 
     def __init__(self, model: Decoder) -> None:
         self.model = model
@@ -36,30 +44,44 @@ class FusedDecode:
         c = model.config
         return not (c.o_bias or c.mlp_bias) and model.layers[0].mlp.pairs and fits_kernels(c.head_dim, model.rotary)
 
-    def __call__(self, tokens: Tensor, rows: Tensor, step: TritonStep) -> Tensor:
+    def decode(self, tokens: Tensor, rows: Tensor, step: TritonStep) -> Tensor:
         """tokens int64 [R], the newest of each row; rows int64 [B], those that take part -> logits fp32 [B, vocabulary]."""
+        return self.logits(self._layers(tokens, rows, step.decode))
+
+    def forward(self, input_ids: Tensor, step: TritonStep) -> Tensor:
+        """As `Decoder.forward`."""
+        if step.num_decodes or len(input_ids) > _MOST_PROMPT_TOKENS:
+            return self.model.forward(input_ids, step)
+        return self._layers(input_ids, None, step.prefill)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [R, hidden] -> fp32 [R, vocabulary]."""
+        return gemm.logits(hidden, self.head) if len(hidden) <= gemm.MOST_TOKENS else self.model.logits(hidden)
+
+    def _layers(self, tokens: Tensor, rows: Tensor | None, attend: Attend) -> Tensor:
         first = self.layers[0][0].input_norm
         residual, x = norm.embed_rms_norm(self.model.embedding.weight, tokens, rows, first.weight, first.eps)
-        out = torch.empty(len(rows), self.model.attention_width, dtype=residual.dtype, device=residual.device)
+        out = torch.empty(len(x), self.model.attention_width, dtype=residual.dtype, device=residual.device)
         for layer, qkv, o, gate_up, down in self.layers:
             if layer.input_norm is not first:
                 x = self._norm(layer.input_norm, x, residual)
-            step.decode(layer.attention, self._product(x, qkv), out, layer.attention.qkv.bias)
+            attend(layer.attention, self._product(x, qkv), out, layer.attention.qkv.bias)
             x = self._norm(layer.post_norm, self._product(out, o), residual)
-            x = self._product(gemm.gate_up_silu(x, gate_up), down)
-        return self._logits(self._norm(self.model.norm, x, residual))
+            x = self._product(self._gate_up(x, gate_up), down)
+        return self._norm(self.model.norm, x, residual)
 
     @staticmethod
     def _norm(layer: RMSNorm, x: Tensor, residual: Tensor) -> Tensor:
         return norm.add_rms_norm(x, residual, layer.weight, layer.eps)
 
     @staticmethod
+    def _gate_up(x: Tensor, weight: gemm.SkinnyWeight) -> Tensor:
+        return gemm.gate_up_silu(x, weight)
+
+    @staticmethod
     def _product(x: Tensor, weight: gemm.SkinnyWeight) -> Tensor:
         """Partial products fp32 [S, B, N], or the product [B, N]; a bias is left to the next kernel."""
         return gemm.partial_products(x, weight) if gemm.beats_cublas(weight, len(x)) else F.linear(x, weight.weight)
-
-    def _logits(self, x: Tensor) -> Tensor:
-        return gemm.logits(x, self.head) if len(x) <= gemm.MOST_TOKENS else self.model.logits(x)
 
 
 def _skinny(linear: Linear) -> gemm.SkinnyWeight:

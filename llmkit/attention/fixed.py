@@ -1,0 +1,66 @@
+"""Attention for `deterministic=True`: our kernels that add up in an order of their own, whatever the batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from llmkit_kernels import fixed_attention
+from llmkit_kernels.rope_cache import rope_cache
+from torch import Tensor
+
+from llmkit.attention.triton import Decodes, PromptRuns, TritonBackend, TritonStep
+from llmkit.layers.attention import Attention
+
+
+class FixedBackend(TritonBackend):
+    """As its parent; its steps attend for all their tokens at once."""
+
+    name = "fixed"
+
+    def prepare_decode(self, positions: Tensor, block_tables: Tensor, rows: Tensor) -> TritonStep:
+        """As its parent; says of each token, too, where it stands and where its key belongs."""
+        size = self.kv_cache.shape[4]
+        own = positions[rows]
+        slots = block_tables[rows, own // size].long() * size + own % size
+        return self.step(own, slots, block_tables, len(rows), self._decodes(positions, block_tables, rows), None)
+
+    def step(
+        self, positions: Tensor, slots: Tensor, tables: Tensor, num_decodes: int, decodes: Decodes | None, runs: PromptRuns | None
+    ) -> FixedStep:
+        """As its parent."""
+        scratch = None
+        if num_decodes:
+            kv_heads, size, dim = self.kv_cache.shape[3:]
+            scratch = fixed_attention.Scratch(num_decodes, self.heads, kv_heads, dim, tables.shape[1] * size, tables.device)
+        return FixedStep(
+            self.kv_cache, self.rotary, self.descriptors, positions, slots, tables, num_decodes, decodes, runs, scratch
+        )
+
+
+@dataclass(slots=True)
+class FixedStep(TritonStep):
+    """chunks: where decoding leaves partial results; None without decodes."""
+
+    chunks: fixed_attention.Scratch | None
+
+    def attend_all(self, layer: Attention, qkv: Tensor, out: Tensor, bias: Tensor | None) -> Tensor:
+        """qkv: fp32 partial products [S, T, (H+2G)·D]. out: [T, H·D]."""
+        n, dim, scale = self.num_decodes, layer.head_dim, layer.head_dim**-0.5
+        k_cache, v_cache = self.kv_cache[layer.layer].unbind(0)
+        parts = qkv.unflatten(-1, (-1, dim))
+        q = rope_cache(parts, layer.norms, self._tables(layer), self.positions, self.slots, k_cache, v_cache, bias)
+        descriptors = self.descriptors[layer.layer] if self.descriptors else None
+        if n:
+            d, chunks = self.decodes, self.chunks
+            assert d is not None  # a step that decodes has both
+            assert chunks is not None
+            fixed_attention.decode(
+                q[:n], k_cache, v_cache, d.block_tables, d.positions, d.rows, scale, layer.window, chunks, out[:n], descriptors
+            )
+        if self.runs:
+            r, tables = self.runs, self.block_tables[n:]
+            fixed_attention.prefill(
+                q[n:], k_cache, v_cache, r.cu_seqlens, r.context_lens, tables, r.tiles, scale, layer.window,
+                out[n:].unflatten(-1, (-1, dim)), descriptors,
+            )  # fmt: skip
+        return out
