@@ -100,9 +100,10 @@ class CudaRunner(Runner):
             self.drawing.load(schedule.admitted)
 
     def _send_tables(self) -> None:
-        rows = np.fromiter(self.rows.grown, np.int64, len(self.rows.grown))
-        self.rows.grown.clear()
-        self.state.update_tables(rows, self.rows.block_table[rows])
+        if self.rows.grown:
+            rows = np.fromiter(self.rows.grown, np.int64, len(self.rows.grown))
+            self.rows.grown.clear()
+            self.state.update_tables(rows, self.rows.block_table[rows])
 
     def _set_positions(self, rows: np.ndarray, context_lens: np.ndarray) -> None:
         self.state.position[self._index(rows)] = self._index(context_lens.astype(np.int64) - 1)

@@ -23,6 +23,7 @@ from llmkit.transfer import send
 
 _ON_THE_DEVICE = {"sampled", "filtered", "penalised"}
 _BY_TORCH = tuple(f for f in FEATURES if f not in _ON_THE_DEVICE)
+_NOBODY = np.empty(0, np.int64)
 
 
 class Work(IntEnum):
@@ -89,8 +90,8 @@ class Drawing:
 
     def by_torch(self, rows: np.ndarray) -> np.ndarray:
         """Positions in the batch, int64, of the rows whose tokens torch's sampler chooses."""
-        asked = [self.sampling.using(feature, rows) for feature in _BY_TORCH]
-        return np.unique(np.concatenate(asked))
+        asked = [found for feature in _BY_TORCH if (found := self.sampling.using(feature, rows)).size]
+        return np.unique(np.concatenate(asked)) if asked else _NOBODY
 
     def draw(self, logits: Tensor, rows: Tensor, work: Work) -> Tensor:
         """A token for each of `logits` fp32 [B, V] of rows int64 [B] -> int64 [B]. Penalties edit the logits in place."""

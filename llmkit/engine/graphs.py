@@ -37,9 +37,8 @@ class DeviceRows:
 
     def update_tables(self, rows: np.ndarray, tables: np.ndarray) -> None:
         """Send the block tables, int32 [n, blocks], of the rows where they have changed."""
-        if rows.size:
-            device = self.block_table.device
-            self.block_table[send(rows, device)] = send(tables, device)
+        device = self.block_table.device
+        self.block_table[send(rows, device)] = send(tables, device)
 
 
 def capture(

@@ -114,13 +114,15 @@ class Scheduler:
         if not result.preempted:  # who was just sent away must not be followed by somebody later
             self._promise(result, rows, new)
             admitted = self._admit(result, self.token_budget - int(new.sum()))
-            rows = np.concatenate((rows, [r.row for r in result.admitted])).astype(np.int64)
-            new = np.concatenate((new, admitted)).astype(np.int32)
+            if admitted:
+                rows = np.concatenate((rows, [r.row for r in result.admitted])).astype(np.int64)
+                new = np.concatenate((new, admitted)).astype(np.int32)
         if not rows.size:
             return None
         ends = self.rows.num_computed[rows] + new
         decoding = (new == 1) & (ends == self.rows.num_coming(rows)) & ~self.rows.pooled[rows]
-        decoding &= ~np.isin(rows, [r.row for r in result.borrowers])  # decodes attend before the step's prompts are written
+        if result.borrowers:  # decodes attend before the step's prompts are written
+            decoding &= ~np.isin(rows, [r.row for r in result.borrowers])
         # the longest sequences first: their attention takes longest, and what is begun last should be short
         order = np.argsort(np.where(decoding, -self.rows.num_computed[rows], 1), kind="stable")
         result.rows, result.num_new, result.num_decodes = rows[order], new[order], int(decoding.sum())
@@ -148,7 +150,7 @@ class Scheduler:
         keep = new > 0
         if result.preempted:
             keep &= np.fromiter((requests[i].status is Status.RUNNING for i in order), bool, len(order))
-        return rows[order][keep], new[keep]
+        return rows[order][keep], new[keep].astype(np.int32)
 
     def _make_room(self, request: Request, missing: int, result: Schedule) -> None:
         """Get a running request its missing blocks, preempting the last to come, which may be itself."""

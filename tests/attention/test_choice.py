@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import types
 from typing import Any
 
@@ -59,6 +61,19 @@ def test_on_a_cpu_the_others_say_why_not(asked, gpu):
         choose(asked, CPU, BF16, model())
 
 
+def test_deterministic_has_attention_of_its_own_on_a_gpu_and_says_why_not_elsewhere(gpu, dummy_folder):
+    assert choose("auto", GPU, BF16, model(), deterministic=True).name == "fixed"
+    assert choose("triton", GPU, BF16, model(), 16, deterministic=True).block_size == 16
+    for asked in ("torch", "flash_attn"):
+        with pytest.raises(ConfigError, match=f"has its own attention, attention_backend='{asked}' cannot be had with it"):
+            choose(asked, GPU, BF16, model(), deterministic=True)
+    for shape, why in (({"head_dim": 80}, "heads of 32, 64, 128, 256"), ({"attention_bias": True}, "the model adds biases")):
+        with pytest.raises(ConfigError, match=f"deterministic=True cannot work here: .*{why}"):
+            choose("auto", GPU, BF16, model(**shape), deterministic=True)
+    with pytest.raises(ConfigError, match=r"deterministic=True cannot work here: our kernels need an NVIDIA GPU.*is cpu"):
+        LLM(dummy_folder, load_format="dummy", skip_tokenizer_init=True, device="cpu", deterministic=True)
+
+
 def test_on_a_gpu_our_kernels_come_first(gpu):
     assert choose("auto", GPU, BF16, model()) == choose("triton", GPU, BF16, model()) == Choice("triton", 64)
     assert choose("auto", GPU, BF16, model(), block_size=16).block_size == 16
@@ -104,8 +119,8 @@ def test_flash_attn_is_used_when_it_is_asked_for_and_there(gpu):
 
 
 def test_this_torch_is_recognised():
-    has = "block_table" in str(getattr(torch.nn.attention, "varlen", None) and __import__("inspect").signature(
-        torch.nn.attention.varlen.varlen_attn))  # fmt: skip
+    varlen = importlib.import_module("torch.nn.attention.varlen")
+    has = "block_table" in str(inspect.signature(varlen.varlen_attn))
     assert (paged_varlen() is not None) == has
 
 
