@@ -113,20 +113,20 @@ def _sanitise_outputs(cell: Any, count: int) -> None:
     measured = MEASURED in cell.metadata.get("tags", ())
     cell.execution_count = count if cell.execution_count or cell.outputs else None
     cell.outputs = _merge_streams(cell.outputs)
-    for output in cell.outputs:
+    for number, output in enumerate(cell.outputs):
         if "execution_count" in output:
             output.execution_count = count
         if "text" in output:
             output.text = steady(_last_lines(output.text), measured)
         if "data" in output:
             kept = {mime: value for mime, value in output.data.items() if not mime.startswith(_WIDGETS)}
-            output.data = {mime: _sanitise_data(mime, value, measured) for mime, value in kept.items()}
+            output.data = {mime: _sanitise_data(mime, value, measured, f"{cell.id}-{number}") for mime, value in kept.items()}
             output.metadata = {k: v for k, v in output.metadata.items() if k == "scrapbook"}
 
 
-def _sanitise_data(mime: str, value: Any, measured: bool) -> Any:
+def _sanitise_data(mime: str, value: Any, measured: bool, place: str) -> Any:
     if mime == "image/svg+xml":
-        return steady_svg(value)
+        return steady_svg(value, place)
     if mime.startswith("text/"):
         return steady(value, measured)
     return value
@@ -166,10 +166,11 @@ def _places() -> list[tuple[str, str]]:
     return sorted(((k, v) for k, v in named.items() if len(k) > 1), key=lambda kv: -len(kv[0]))
 
 
-def steady_svg(svg: str) -> str:
-    """An SVG with a fixed date and with ids numbered in order of appearance."""
+def steady_svg(svg: str, place: str) -> str:
+    """An SVG with a fixed date and with ids numbered in order of appearance. place: begins them, for a page that holds several
+    pictures knows each id once, and would clip one by the other's frame."""
     svg = _SVG_DATE.sub("<dc:date></dc:date>", svg)
-    names = {old: f"i{number}" for number, old in enumerate(dict.fromkeys(_SVG_ID.findall(svg)))}
+    names = {old: f"{place}-{number}" for number, old in enumerate(dict.fromkeys(_SVG_ID.findall(svg)))}
     if not names:
         return svg
     pattern = re.compile(r'(\bid="|#)(' + "|".join(map(re.escape, sorted(names, key=len, reverse=True))) + r')(?=["\')])')

@@ -97,8 +97,8 @@ def test_streams_are_merged_and_progress_keeps_its_last_state():
 
 def test_svg_ids_are_numbered_in_order():
     svg = '<path id="m0a1b2c3d4e"/><use xlink:href="#m0a1b2c3d4e" clip-path="url(#pdeadbeef01)"/><clipPath id="pdeadbeef01"/>'
-    steadied = '<path id="i0"/><use xlink:href="#i0" clip-path="url(#i1)"/><clipPath id="i1"/>'
-    assert steady_svg(f"<dc:date>2026-01-01</dc:date>{svg}") == f"<dc:date></dc:date>{steadied}"
+    steadied = '<path id="nb-x-0"/><use xlink:href="#nb-x-0" clip-path="url(#nb-x-1)"/><clipPath id="nb-x-1"/>'
+    assert steady_svg(f"<dc:date>2026-01-01</dc:date>{svg}", "nb-x") == f"<dc:date></dc:date>{steadied}"
 
 
 @pytest.mark.parametrize(("change", "problem"), [

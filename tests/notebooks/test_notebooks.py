@@ -1,6 +1,7 @@
 """Every committed notebook runs at tier=cpu and holds its checks; every Chinese twin says the same in Chinese."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,15 @@ def test_may_be_committed_as_it_is(path):
     assert problems(nb) == []
     missing = [c.id for c in nb.cells if c.cell_type == "code" and c.source and c.execution_count is None]
     assert missing == [], "outputs are kept: llmkit notebooks build"
+
+
+@each_notebook
+def test_no_picture_is_clipped_by_another_ones_frame(path):
+    """A page that holds several SVGs, as nbconvert writes it, knows each id once."""
+    for nb in (read_notebook(path), read_notebook(FOLDER / "zh" / path.name)):
+        data = [o.data for c in nb.cells if c.cell_type == "code" for o in c.outputs if "data" in o]
+        found = [i for d in data for i in re.findall(r'<clipPath id="([^"]+)"', d.get("image/svg+xml", ""))]
+        assert sorted(set(found)) == sorted(found)
 
 
 @each_notebook
