@@ -71,22 +71,23 @@ class PromptGraphs:
     def _lay_out(self, batch: Batch, size: int) -> tuple[np.ndarray, np.ndarray]:
         """The buffers' contents: ids, positions, slots, last tokens, rows and where the newest token of each stands, int64; then
         cu_seqlens, context lengths, tiles and block tables, int32."""
-        count, pad = len(batch.rows), size - batch.num_tokens
-        rows = np.full(SEQUENCES, self.state.num_rows)
-        rows[batch.sampled] = batch.rows[batch.sampled]
-        last, newest = np.zeros((2, SEQUENCES), np.int64)
+        count, tokens = len(batch.rows), batch.num_tokens
+        wide, narrow = np.zeros(3 * size + 3 * SEQUENCES, np.int64), np.zeros(sum(self._sizes(size)), np.int32)
+        wide[: 3 * size].reshape(3, size)[:, :tokens] = batch.input_ids, batch.positions, batch.slot_mapping
+        last, rows, newest = wide[3 * size :].reshape(3, SEQUENCES)
         last[:count] = batch.cu_seqlens[1:] - 1
+        rows[:] = self.state.num_rows
+        rows[batch.sampled] = batch.rows[batch.sampled]
         newest[batch.sampled] = batch.context_lens[batch.sampled] - 1
-        tokens = (np.pad(values, (0, pad)) for values in (batch.input_ids, batch.positions, batch.slot_mapping))
-        ends, contexts, sequence, first, tables = (np.zeros(n, np.int32) for n in self._sizes(size))
-        ends[:], ends[: count + 1], ends[-1] = batch.num_tokens, batch.cu_seqlens, size
-        contexts[:count], contexts[-1] = batch.context_lens, pad
+        ends, contexts, sequence, first, tables = np.split(narrow, np.cumsum(self._sizes(size))[:-1])
+        ends[:], ends[: count + 1], ends[-1] = tokens, batch.cu_seqlens, size
+        contexts[:count], contexts[-1] = batch.context_lens, size - tokens
         counts = -(-batch.num_new // QUERY_TILE)
         padded = len(sequence) - counts.sum()
         sequence[:] = np.repeat([*range(count), SEQUENCES], [*counts, padded])
         first[:] = np.concatenate([np.arange(n) * QUERY_TILE for n in (*counts, padded)])
         tables.reshape(-1, self.blocks)[:count, : batch.block_tables.shape[1]] = batch.block_tables
-        return np.concatenate([*tokens, last, rows, newest]), np.concatenate([ends, contexts, sequence, first, tables])
+        return wide, narrow
 
     def _compute(self, size: int, work: int) -> tuple[Tensor, Tensor]:
         wide = self._wide[: 3 * size + 3 * SEQUENCES]
