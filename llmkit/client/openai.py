@@ -11,6 +11,7 @@ from typing import Any
 import llmkit
 from llmkit.client.connection import Connections, Exchange, Piece
 from llmkit.errors import ServerError
+from llmkit.interrupt import interrupt_afterwards
 
 Event = dict[str, Any]  # the JSON of a server-sent event
 
@@ -137,17 +138,40 @@ def to_json(body: Any) -> bytes:
 
 
 def in_sync(events: AsyncGenerator[Event, None], runner: asyncio.Runner) -> Generator[Event, None, None]:
-    """The same events for code that is not async. An interrupt closes them and goes on as KeyboardInterrupt."""
+    """The same events for code that is not async. An interrupt closes them and goes on as KeyboardInterrupt.
+
+    The runner's own way with interrupts has moments when one leaves a task behind, or goes on as CancelledError.
+    """
+    task: asyncio.Task[Any] | None = None
+    interrupted = False
 
     async def step() -> Event | None:
-        return await anext(events, None)
+        nonlocal task
+        task = asyncio.current_task()
+        try:
+            return None if interrupted else await anext(events, None)
+        except asyncio.CancelledError:
+            if not interrupted:
+                raise
+            return None
+
+    def stop() -> None:
+        nonlocal interrupted
+        interrupted = True
+        if task is not None:
+            runner.get_loop().call_soon_threadsafe(task.cancel)
 
     async def leave() -> None:
         async with aclosing(events):
             return
 
     try:
-        while (event := runner.run(step())) is not None:
+        while True:
+            with interrupt_afterwards(stop):
+                event = runner.run(step())
+            if event is None:
+                return
             yield event
     finally:
-        runner.run(leave())
+        with interrupt_afterwards():
+            runner.run(leave())

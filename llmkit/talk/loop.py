@@ -76,17 +76,17 @@ class Talk:
         """Ask, and show the answer as it comes. Interrupted, what there is of it stays in the conversation."""
         self.conversation.ask(text)
         answer, stopped = _Answer(), False
-        with closing(self.partner.say(self.conversation.messages)) as pieces:
-            try:
+        try:
+            with closing(self.partner.say(self.conversation.messages)) as pieces:
                 for piece in pieces:
                     self._show(answer, piece)
-            except KeyboardInterrupt:
-                stopped = True
-            finally:
-                if answer.text:
-                    self.conversation.answer(answer.text)
-                if answer.shown:
-                    self.terminal.write("\n")
+        except KeyboardInterrupt:
+            stopped = True
+        finally:
+            if answer.text:
+                self.conversation.answer(answer.text)
+            if answer.shown:
+                self.terminal.write("\n")
         if stopped and not self.terminal.interactive:
             raise KeyboardInterrupt
         self.terminal.note(answer.facts() + (" · stopped" if stopped else ""))

@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import signal
+import time
 
 import pytest
 
@@ -127,3 +129,40 @@ def test_events_for_code_that_is_not_async(fake_openai):
         events.close()
         runner.run(asyncio.sleep(0))
         assert sum(1 for _ in in_sync(client.events(CHAT, chat("a b c", stream=True)), runner)) == 5
+
+
+@pytest.mark.parametrize("moment", ["as a step begins", "while it waits", "between two"])
+def test_an_interrupt_at_any_moment_goes_on_as_one_and_leaves_nothing(fake_openai, moment):
+    fake_openai.delay = 0.2
+    with asyncio.Runner() as runner:
+        client = OpenAIClient(fake_openai.url)
+        events = in_sync(client.events(CHAT, chat("a b c d e f", stream=True)), runner)
+        next(events)
+        loop = runner.get_loop()
+        if moment == "while it waits":
+            loop.call_later(0.05, signal.raise_signal, signal.SIGINT)
+        elif moment == "as a step begins":  # before asyncio's runner would have its own handler in place
+            begin = loop.create_task
+
+            def create_task(*args, **options):
+                loop.create_task = begin
+                task = begin(*args, **options)
+                signal.raise_signal(signal.SIGINT)
+                return task
+
+            loop.create_task = create_task
+
+        def take_all():
+            for _ in events:
+                if moment == "between two":
+                    signal.raise_signal(signal.SIGINT)
+
+        began = time.monotonic()
+        with pytest.raises(KeyboardInterrupt):
+            take_all()
+        events.close()
+        runner.run(asyncio.sleep(0.01))  # generators within generators are closed by the loop
+        assert time.monotonic() - began < 1, "it does not wait for the answer's end"
+        assert not asyncio.all_tasks(loop)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        assert sum(1 for _ in in_sync(client.events(CHAT, chat("a", stream=True)), runner)) == 3
