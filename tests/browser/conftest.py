@@ -86,7 +86,8 @@ def jupyter_lab(folder: Path, dark: bool) -> Iterator[str]:
         port = free.getsockname()[1]
     token, hidden = secrets.token_hex(8), folder / ".jupyter"
     own = {"JUPYTERLAB_SETTINGS_DIR": folder / ".settings", "JUPYTERLAB_WORKSPACES_DIR": hidden / "workspaces",
-           "JUPYTER_RUNTIME_DIR": hidden / "runtime", "JUPYTER_CONFIG_DIR": hidden / "config", "IPYTHONDIR": hidden / "ipython",
+           "JUPYTER_RUNTIME_DIR": hidden / "runtime", "JUPYTER_CONFIG_DIR": hidden / "config",
+           "JUPYTER_DATA_DIR": hidden / "data", "IPYTHONDIR": hidden / "ipython",
            "LLMKIT_RUN_DIR": hidden / "servers"}  # fmt: skip
     command = [sys.executable, "-m", "jupyterlab", "--allow-root", "--no-browser", "--ip=127.0.0.1", f"--port={port}",
                "--ServerApp.port_retries=0", f"--IdentityProvider.token={token}", f"--ServerApp.root_dir={folder}",
@@ -98,6 +99,9 @@ def jupyter_lab(folder: Path, dark: bool) -> Iterator[str]:
     try:
         _wait_until_up(f"http://127.0.0.1:{port}/api?token={token}", lab, folder / "lab.log")
         yield f"http://127.0.0.1:{port}/lab/tree/{{}}?token={token}&reset"
+    except BaseException:
+        print((folder / "lab.log").read_text("utf-8", "replace")[-4000:])  # what Lab itself says of a test that fails
+        raise
     finally:
         lab.terminate()
         lab.wait(20)

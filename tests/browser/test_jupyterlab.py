@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import time
+import warnings
 
 import nbformat
 import pytest
@@ -39,20 +40,25 @@ class Notebook:
         self.wait_until_idle()
 
     def wait_until_idle(self, seconds=60):
-        self.page.wait_for_function(
-            "() => document.querySelector('.jp-Notebook-ExecutionIndicator')?.dataset.status === 'idle'", timeout=1000 * seconds
-        )
+        """Of a connected kernel: Lab also says idle while it has none yet, and a cell run then starts a second one."""
+        end = time.monotonic() + seconds
+        while not self.page.evaluate("""() => document.querySelector('.jp-Notebook-ExecutionIndicator')?.dataset.status === 'idle'
+                && !/^(No Kernel)?$/.test(document.querySelector('.jp-Toolbar-kernelName')?.innerText ?? '')"""):
+            assert time.monotonic() < end, "the kernel is not idle"
+            self.answer_dialogs()
+            self.page.wait_for_timeout(50)
+
+    def answer_dialogs(self):
+        """Lab's own questions (which kernel? it died, shall it start again?) get the answer it proposes, and are told."""
+        for dialog in self.page.locator(".jp-Dialog").all():
+            warnings.warn(f"JupyterLab asked: {dialog.inner_text()!r}", stacklevel=2)
+            dialog.locator(".jp-mod-accept").click()
 
     def run(self, number):
         """Start the cell; does not wait."""
+        self.answer_dialogs()
         self.page.locator(".jp-CodeCell .jp-InputArea-editor .cm-content").nth(number).click()
         self.page.keyboard.press("Control+Enter")
-
-    def settle(self):
-        """Run the first cell until it was run: Lab forgets what is asked before its session with the kernel stands."""
-        while "loaded" not in self.output(0).inner_text():
-            self.run(0)
-            self.page.wait_for_timeout(3000)
 
     def output(self, number):
         return self.page.locator(".jp-CodeCell").nth(number).locator(".jp-OutputArea").first
@@ -103,7 +109,8 @@ def test_serve_and_chat(notebook, lab, open_page, dark):
         page = open_page(address.format("nb.ipynb"), dark)
         nb = Notebook(page.page)
         assert page.page.evaluate("document.body.dataset.jpThemeLight") == str(not dark).lower()
-        nb.settle()
+        nb.run(0)
+        nb.wait_for(0, "loaded")
 
         nb.run(1)  # the card is there at once, the cell has ended, and then the card comes to life
         nb.wait_for(1, "starting")
