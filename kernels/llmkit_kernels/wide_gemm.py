@@ -36,9 +36,13 @@ def plan(n: int, k: int, m: int) -> WideTile | None:
     of SiLU are faster, or the GPU lacks what this kernel lives on."""
     if not is_hopper() or k % 8:  # TMA wants rows that begin at 16 bytes
         return None
+    big = n * k >= 64 << 20
+    if m <= 176 or (m <= 256 and not big):
+        return None
+    if m <= 192:
+        return WideTile(64, 256, 64, 4, 4)
     if m <= 256:
-        big = n * k >= 64 << 20
-        return None if m <= 176 or not big else WideTile(64, 256, 64, 4, 4) if m <= 192 else WideTile(128, 128, 64, 8, 6)
+        return WideTile(128, 128, 64, 8, 6)
     if m < 448:
         return None
     if m < 768:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from llmkit_kernels import fixed_attention
 from llmkit_kernels.rope_cache import rope_cache
 from torch import Tensor
@@ -28,20 +26,15 @@ class FixedBackend(TritonBackend):
         self, positions: Tensor, slots: Tensor, tables: Tensor, num_decodes: int, decodes: Decodes | None, runs: PromptRuns | None
     ) -> FixedStep:
         """As its parent."""
-        scratch = None
-        if num_decodes:
-            kv_heads, size, dim = self.kv_cache.shape[3:]
-            scratch = fixed_attention.Scratch(num_decodes, self.heads, kv_heads, dim, tables.shape[1] * size, tables.device)
-        return FixedStep(
-            self.kv_cache, self.rotary, self.descriptors, positions, slots, tables, num_decodes, decodes, runs, scratch
-        )
+        return FixedStep(self.kv_cache, self.rotary, self.descriptors, positions, slots, tables, num_decodes, decodes, runs)
+
+    def _scratch(self, count: int, tables: Tensor) -> fixed_attention.Scratch:
+        kv_heads, size, dim = self.kv_cache.shape[3:]
+        return fixed_attention.Scratch(count, self.heads, kv_heads, dim, tables.shape[1] * size, tables.device)
 
 
-@dataclass(slots=True)
 class FixedStep(TritonStep):
-    """chunks: where decoding leaves partial results; None without decodes."""
-
-    chunks: fixed_attention.Scratch | None
+    """One call attends for all tokens."""
 
     def attend_all(self, layer: Attention, qkv: Tensor, out: Tensor, bias: Tensor | None) -> Tensor:
         """qkv: fp32 partial products [S, T, (H+2G)·D]. out: [T, H·D]."""
@@ -51,11 +44,11 @@ class FixedStep(TritonStep):
         q = rope_cache(parts, layer.norms, self._tables(layer), self.positions, self.slots, k_cache, v_cache, bias)
         descriptors = self.descriptors[layer.layer] if self.descriptors else None
         if n:
-            d, chunks = self.decodes, self.chunks
-            assert d is not None  # a step that decodes has both
-            assert chunks is not None
+            d = self.decodes
+            assert d is not None  # a step that decodes has it
+            assert isinstance(d.scratch, fixed_attention.Scratch)  # made by `FixedBackend`
             fixed_attention.decode(
-                q[:n], k_cache, v_cache, d.block_tables, d.positions, d.rows, scale, layer.window, chunks, out[:n], descriptors
+                q[:n], k_cache, v_cache, d.block_tables, d.positions, d.rows, scale, layer.window, d.scratch, out[:n], descriptors
             )
         if self.runs:
             r, tables = self.runs, self.block_tables[n:]

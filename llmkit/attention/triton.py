@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from llmkit_kernels import decode_attention, prefill_attention
+from llmkit_kernels import decode_attention, fixed_attention, prefill_attention
 from llmkit_kernels.rope_cache import rope_cache
 from torch import Tensor
 
@@ -53,10 +53,15 @@ class TritonBackend:
         return TritonStep(self.kv_cache, self.rotary, self.descriptors, positions, slots, tables, num_decodes, decodes, runs)
 
     def _decodes(self, positions: Tensor, tables: Tensor, rows: Tensor | None) -> Decodes:
+        return Decodes(positions, tables, rows, self._scratch(len(positions if rows is None else rows), tables))
+
+    def _scratch(self, count: int, tables: Tensor) -> Scratch:
+        """Where `count` sequences that decode leave partial results."""
         kv_heads, dim = self.kv_cache.shape[3], self.kv_cache.shape[5]
-        count = len(positions if rows is None else rows)
-        scratch = decode_attention.DecodeScratch(count, self.heads, kv_heads, dim, positions.device)
-        return Decodes(positions, tables, rows, scratch)
+        return decode_attention.DecodeScratch(count, self.heads, kv_heads, dim, tables.device)
+
+
+Scratch = decode_attention.DecodeScratch | fixed_attention.Scratch
 
 
 @dataclass(slots=True)
@@ -66,7 +71,7 @@ class Decodes:
     positions: Tensor
     block_tables: Tensor
     rows: Tensor | None
-    scratch: decode_attention.DecodeScratch
+    scratch: Scratch
 
 
 @dataclass(slots=True)
@@ -106,6 +111,7 @@ class TritonStep:
         """One token a sequence; qkv may be fp32 partial products [S, M, (H+2G)·D] whose bias is still to be added."""
         d = self.decodes
         assert d is not None  # the caller has looked
+        assert isinstance(d.scratch, decode_attention.DecodeScratch)  # of the back end that made the step
         k_cache, v_cache = self.kv_cache[layer.layer].unbind(0)
         return decode_attention.fused_decode(
             qkv, bias, layer.norms, self._tables(layer), k_cache, v_cache, d.block_tables, d.positions, d.rows,
