@@ -1,4 +1,4 @@
-"""`llmkit bench throughput|latency|startup|parity|timeline|serve`: arguments, and the way from them to a report."""
+"""`llmkit bench throughput|latency|startup|parity|timeline|kernels|serve`: arguments, and the way from them to a report."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmkit.bench import serve_cli, timeline_cli
+from llmkit.bench.kernels import cli as kernels_cli
 from llmkit.config import DEFAULT_MODEL, DTYPE_NAMES, add_engine_arguments, engine_options
 from llmkit.errors import ConfigError
 
@@ -34,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_startup(commands)
     _add_parity(commands)
     timeline_cli.add(commands)
+    kernels_cli.add(commands)
     serve_cli.add(commands)
 
 

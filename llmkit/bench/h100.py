@@ -15,8 +15,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from llmkit.bench.row_names import pick_rows
 from llmkit.bench.workload import VOCAB, Workload, fixed, nano, sharegpt, tokens
-from llmkit.errors import ConfigError, LlmkitError
+from llmkit.errors import LlmkitError
 
 if TYPE_CHECKING:
     from llmkit import LLM
@@ -305,13 +306,5 @@ ROWS = {row.name: row for row in _rows()}
 
 
 def select(names: str | None) -> list[Row]:
-    """Rows by name, or by the beginning of names ("A-decode" is all its batch sizes); None is all."""
-    wanted = [n.strip() for n in (names or "").split(",") if n.strip()]
-    for name in wanted:
-        if not any(_matches(row, name) for row in ROWS):
-            raise ConfigError(f"--rows {name}: there is no such row", f"there are {', '.join(ROWS)}")
-    return [row for name, row in ROWS.items() if not wanted or any(_matches(name, w) for w in wanted)]
-
-
-def _matches(row: str, wanted: str) -> bool:
-    return row == wanted or row.startswith(f"{wanted}-")
+    """Those that `pick_rows` finds."""
+    return [ROWS[name] for name in pick_rows(names, ROWS)]
