@@ -101,6 +101,17 @@ def test_deterministic_nearly_agrees_with_the_quicker_road(folder, prompts, expe
         assert agreement(tokens(llm, prompts), expected) >= 0.75
 
 
+def test_the_largest_step_stays_within_its_plan(folder):
+    """What a step of as many tokens as are allowed takes while it runs, by torch's own count."""
+    prompts = [[7 + i] * 1000 for i in range(8)]
+    with engine(folder, enable_prefix_caching=False) as llm:
+        tokens(llm, prompts, max_tokens=1)  # kernels are compiled, libraries take their workspaces
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        tokens(llm, prompts, max_tokens=1)
+        assert 0 < torch.cuda.max_memory_allocated() - before <= llm.memory_plan().activations
+
+
 @pytest.mark.parametrize("options", [{"enforce_eager": True}, {"enable_prefix_caching": False}], ids=["eager", "no caching"])
 def test_the_same_kernels_say_the_same(folder, prompts, expected, options):
     with engine(folder, **options) as llm:
