@@ -14,7 +14,7 @@ from llmkit.engine.graphs import DecodeGraphs, DeviceRows
 from llmkit.engine.prompt_graphs import PromptGraphs
 from llmkit.engine.rows import Rows
 from llmkit.engine.runner import Runner, StepResult
-from llmkit.engine.sampler import SampledTokens
+from llmkit.engine.sampler import SampledTokens, TopLogprobs, compute_top, places
 from llmkit.engine.scheduler import Schedule
 from llmkit.models.decoder import Decoder
 from llmkit.models.fixed import FixedForward
@@ -22,18 +22,26 @@ from llmkit.models.fused import FusedForward
 
 
 class _OnTheWay(SampledTokens):
-    """Tokens that are being copied to the host while the device goes on; the next step may overwrite their place there."""
+    """Tokens that are being copied to the host while the device goes on; the next step may overwrite their place there.
 
-    def __init__(self, token_ids: Tensor) -> None:
+    top: what `compute_top` gave of the rows at `asked`; as `logprobs` once the tokens are on the host.
+    """
+
+    def __init__(self, token_ids: Tensor, top: tuple[Tensor, ...], asked: np.ndarray) -> None:
         super().__init__(token_ids, None)
-        self._host = torch.empty(len(token_ids), dtype=torch.int64, pin_memory=True)
-        self._host.copy_(token_ids, non_blocking=True)
+        self._asked = asked
+        self._host = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for t in (token_ids, *top)]
+        for host, there in zip(self._host, (token_ids, *top)):
+            host.copy_(there, non_blocking=True)
         self._arrived = torch.cuda.Event()
         self._arrived.record()
 
     def to_host(self) -> np.ndarray:
         self._arrived.synchronize()
-        return self._host.numpy()
+        token_ids, *top = (t.numpy() for t in self._host)
+        if top:
+            self.logprobs = TopLogprobs(*top, where=places(self._asked, len(token_ids)))
+        return token_ids
 
 
 class CudaRunner(Runner):
@@ -125,16 +133,16 @@ class CudaRunner(Runner):
         return not self.drawing.by_torch(batch.rows[batch.sampled]).size
 
     def _finish(self, token_ids: Tensor, logits: Tensor, rows: np.ndarray) -> SampledTokens:
-        """Draw again, in torch, for the rows that ask for more than the device knows."""
+        """Draw again, in torch, for the rows that ask for more than the device knows; and the log-probabilities, of logits that
+        nobody edited."""
         unusual = self.drawing.by_torch(rows)
-        if not unusual.size:
-            return _OnTheWay(token_ids)
-        at = self._index(unusual)
-        drawn = self.sampler(logits[at], rows[unusual], self.history)
-        token_ids = token_ids.index_copy(0, at, drawn.token_ids)
-        self.last_token[self._index(rows[unusual])] = drawn.token_ids.clamp_min(0)
-        if drawn.logprobs is not None and drawn.logprobs.where is not None:
-            where = np.full(len(rows), -1, np.int64)
-            where[unusual] = drawn.logprobs.where
-            drawn.logprobs.where = where
-        return SampledTokens(token_ids, drawn.logprobs)
+        if unusual.size:
+            at = self._index(unusual)
+            drawn = self.sampler.choose(logits[at], rows[unusual], self.history)
+            token_ids = token_ids.index_copy(0, at, drawn)
+            self.last_token[self._index(rows[unusual])] = drawn.clamp_min(0)
+        asked = self.sampling.using("logprobs", rows)
+        if not asked.size:
+            return _OnTheWay(token_ids, (), asked)
+        at = slice(None) if asked.size == len(rows) else self._index(asked)
+        return _OnTheWay(token_ids, compute_top(logits[at], token_ids[at], self.sampling.most_logprobs(rows[asked])), asked)

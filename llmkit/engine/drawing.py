@@ -1,8 +1,9 @@
 """How the tokens of a step are drawn on the device, so that it can go on to the next step without the host.
 
 The parameters of the running requests lie there, one entry a row: temperature, seed, top-k, top-p, min-p and penalties. What else
-a request may ask for (grammars, word lists, log-probabilities, ...) the sampler in torch does, and the device waits for it. Which
-road a request takes depends on its own parameters alone, never on its company.
+a request may ask for (grammars, word lists, ...) the sampler in torch does, and the device waits for it. So it does where
+penalties and log-probabilities meet: the latter are of logits that the former have not touched. Which road a request takes
+depends on its own parameters alone, never on its company.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from llmkit.engine.rows import Rows
 from llmkit.engine.sampling_rows import FEATURES, GREEDY_BELOW, SamplingRows
 from llmkit.transfer import send
 
-_ON_THE_DEVICE = {"sampled", "filtered", "penalised"}
+_ON_THE_DEVICE = {"sampled", "filtered", "penalised", "logprobs"}
 _BY_TORCH = tuple(f for f in FEATURES if f not in _ON_THE_DEVICE)
 _NOBODY = np.empty(0, np.int64)
 
@@ -94,7 +95,8 @@ class Drawing:
     def by_torch(self, rows: np.ndarray) -> np.ndarray:
         """Positions in the batch, int64, of the rows whose tokens torch's sampler chooses."""
         asked = [found for feature in _BY_TORCH if (found := self.sampling.using(feature, rows)).size]
-        return np.unique(np.concatenate(asked)) if asked else _NOBODY
+        both = np.intersect1d(self.sampling.using("penalised", rows), self.sampling.using("logprobs", rows))
+        return np.unique(np.concatenate((*asked, both))) if asked or both.size else _NOBODY
 
     def draw(self, logits: Tensor, rows: Tensor, work: Work) -> Tensor:
         """A token for each of `logits` fp32 [B, V] of rows int64 [B] -> int64 [B]. Penalties edit the logits in place."""

@@ -73,9 +73,18 @@ class Sampler:
         """logits: float32 [R, V], overwritten. row_ids: int64 [R], the persistent row of each, no row twice."""
         asked = self.rows.using("logprobs", row_ids)
         raw = logits[self._to_device(asked)] if asked.size else None
+        token_ids = self.choose(logits, row_ids, history)
+        if raw is None:
+            return SampledTokens(token_ids, None)
+        k = self.rows.most_logprobs(row_ids[asked])
+        top = top_logprobs(raw, token_ids[self._to_device(asked)], k)
+        top.where = places(asked, row_ids.size)
+        return SampledTokens(token_ids, top)
+
+    def choose(self, logits: torch.Tensor, row_ids: np.ndarray, history: History) -> torch.Tensor:
+        """As a call, without log-probabilities: int64 [R]."""
         edit_logits(logits, self.rows, row_ids, history)
-        token_ids = self._choose(logits, row_ids, history)
-        return SampledTokens(token_ids, None if raw is None else self._logprobs(raw, token_ids, asked, row_ids))
+        return self._choose(logits, row_ids, history)
 
     def _choose(self, logits: torch.Tensor, row_ids: np.ndarray, history: History) -> torch.Tensor:
         sampled = self.rows.using("sampled", row_ids)
@@ -100,13 +109,6 @@ class Sampler:
             return draw(logits, temperature, uniform)
         cuts = Cuts(rows.top_k.device[at], rows.top_p.device[at], rows.min_p.device[at], uniform)
         return draw_filtered(logits, temperature, cuts)
-
-    def _logprobs(self, raw: torch.Tensor, token_ids: torch.Tensor, asked: np.ndarray, row_ids: np.ndarray) -> TopLogprobs:
-        k = int(self.rows.num_logprobs[row_ids[asked]].max())
-        top = top_logprobs(raw, token_ids[self._to_device(asked)], k)
-        top.where = np.full(row_ids.size, -1, np.int64)
-        top.where[asked] = np.arange(asked.size)
-        return top
 
     def _to_device(self, values: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(values).to(self.rows.device, non_blocking=True)
@@ -359,11 +361,20 @@ def top_logprobs(logits: torch.Tensor, chosen: torch.Tensor, k: int) -> TopLogpr
 
     Needs as much memory again as the logits: give a long prompt in pieces.
     """
+    return TopLogprobs(*(t.cpu().numpy() for t in compute_top(logits, chosen, k)))
+
+
+def compute_top(logits: torch.Tensor, chosen: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The first three fields of TopLogprobs, on the device; the host does not wait."""
     logprobs = logits.log_softmax(-1)
     mine = logprobs.gather(-1, chosen[:, None].clamp(min=0))
     best = logprobs.topk(logits.shape[1] if k < 0 else min(k, logits.shape[1]), dim=-1)
-    return TopLogprobs(
-        token_ids=torch.cat((chosen[:, None], best.indices), -1).cpu().numpy(),
-        logprobs=torch.cat((mine, best.values), -1).cpu().numpy(),
-        ranks=((logprobs > mine).sum(-1) + 1).cpu().numpy(),
-    )
+    ranks = (logprobs > mine).sum(-1) + 1
+    return torch.cat((chosen[:, None], best.indices), -1), torch.cat((mine, best.values), -1), ranks
+
+
+def places(asked: np.ndarray, count: int) -> np.ndarray:
+    """`TopLogprobs.where` of a batch of `count` rows, of which those at `asked` did."""
+    where = np.full(count, -1, np.int64)
+    where[asked] = np.arange(asked.size)
+    return where

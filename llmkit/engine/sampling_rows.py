@@ -124,6 +124,10 @@ class SamplingRows:
         """Positions in the batch (int64, ascending) of the rows that use `feature`, one of FEATURES."""
         return np.flatnonzero(self._flags[feature][row_ids]) if self._live[feature] else _NOBODY
 
+    def most_logprobs(self, row_ids: np.ndarray) -> int:
+        """The most log-probabilities that one of these rows asked for, besides the chosen token's."""
+        return int(self.num_logprobs[row_ids].max(initial=0))
+
     def lists_of(self, row: int) -> TokenLists:
         lists = self.lists[row]
         if lists is None:

@@ -17,7 +17,7 @@ pytest.importorskip("triton", reason="triton comes with torch's CUDA builds; wit
 from llmkit_kernels import decode_attention
 
 from llmkit import LLM, SamplingParams, ops
-from llmkit.engine import cuda_runner, graphs, prompt_graphs
+from llmkit.engine import cuda_runner, graphs, prompt_graphs, sampler
 from llmkit.engine.drawing import Work
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled where there is a GPU: see test_gpu.py")
@@ -48,6 +48,19 @@ def capture(body: Any, side: Any, pool: Any = None) -> tuple[Any, ...]:
     return graph, *graph.results
 
 
+class Arrived(cuda_runner.SampledTokens):
+    """Stands for tokens on the way; they, too, are read after the next step was launched."""
+
+    def __init__(self, token_ids: torch.Tensor, top: tuple[torch.Tensor, ...], asked: Any) -> None:
+        super().__init__(token_ids.clone(), None)
+        self._top, self._asked = [t.clone().numpy() for t in top], asked
+
+    def to_host(self) -> Any:
+        if self._top:
+            self.logprobs = sampler.TopLogprobs(*self._top, where=sampler.places(self._asked, len(self.token_ids)))
+        return self.token_ids.numpy()
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     place = tmp_path_factory.mktemp("model")
@@ -74,7 +87,7 @@ def plain(folder):
 def on_the_gpu(monkeypatch):
     """LLMs that are made now think that they have one."""
     monkeypatch.setattr(ops, "has_kernels", lambda device, dtype: True)
-    monkeypatch.setattr(cuda_runner, "_OnTheWay", lambda token_ids: cuda_runner.SampledTokens(token_ids.clone(), None))
+    monkeypatch.setattr(cuda_runner, "_OnTheWay", Arrived)
     monkeypatch.setattr(decode_attention, "num_sms", lambda: 4)  # few programs: each is interpreted
     monkeypatch.setattr(prompt_graphs, "TOKENS", [4, 16, *prompt_graphs.TOKENS])
     for module in (graphs, prompt_graphs):
@@ -131,7 +144,22 @@ def test_what_the_device_draws_is_launched_ahead_and_graphs_are_kept_by_their_wo
     assert all(ahead), "each step brings a token to everybody"
     assert runner.graphs.capture_seconds.keys() == runner.graphs._graphs.keys()
     said(gpu, WARM.clone(logprobs=1), PROMPTS[:1])
+    assert all(ahead), "log-probabilities follow their tokens"
+    said(gpu, WARM.clone(logit_bias={5: 1.0}), PROMPTS[:1])
     assert not ahead[-1], "torch's sampler makes the host wait"
+
+
+def test_logprobs_are_those_of_the_plain_runner(gpu, plain):
+    """Of what the device draws and of what torch does, side by side, more and less of them, and none."""
+    each = [GREEDY.clone(logprobs=2), PENALISED.clone(logprobs=5), GREEDY.clone(logit_bias={9: 2.0}, logprobs=0)]
+    for params, prompts in ((each, PROMPTS), ([*each, GREEDY], [*PROMPTS, [8, 8]]), (each[:1] * 3, PROMPTS)):
+        mine, theirs = ([o.outputs[0] for o in llm.generate(prompts, params, use_tqdm=False)] for llm in (gpu, plain))
+        assert [o.token_ids for o in mine] == [o.token_ids for o in theirs]
+        assert [o.logprobs is None for o in mine] == [p.logprobs is None for p in params]
+        for a, b in zip(mine, theirs):
+            for here, there in zip(a.logprobs or [], b.logprobs or []):
+                assert [(t, x.rank) for t, x in here.items()] == [(t, x.rank) for t, x in there.items()]
+                assert [x.logprob for x in here.values()] == pytest.approx([x.logprob for x in there.values()], abs=1e-4)
 
 
 def test_counts_are_made_again_after_a_preemption(on_the_gpu, folder, plain):

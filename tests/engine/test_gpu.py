@@ -173,6 +173,22 @@ def test_penalties_on_the_device_are_those_of_torch(folder, prompts, expected):
         assert agreement(on_device, tokens(llm, prompts, logprobs=1, **asked)) >= 0.9
 
 
+def test_logprobs_are_the_same_by_both_roads(folder, prompts):
+    """The device goes on while they are on their way; a bias, of nothing, makes it wait for torch's sampler."""
+    greedy = SamplingParams(temperature=0, max_tokens=NEW, ignore_eos=True, detokenize=False, logprobs=3)
+    with engine(folder) as llm:
+        ahead, waiting = ([o.outputs[0] for o in llm.generate(prompts, params, use_tqdm=False)]
+                          for params in (greedy, greedy.clone(logit_bias={1: 0.0})))  # fmt: skip
+    assert agreement([o.token_ids for o in ahead], [o.token_ids for o in waiting]) >= 0.9
+    for a, b in zip(ahead, waiting):
+        assert len(a.logprobs) == len(b.logprobs) == NEW
+        for mine, theirs, token, other in zip(a.logprobs, b.logprobs, a.token_ids, b.token_ids):
+            if token != other:
+                break  # from here on they are different answers
+            assert mine[token].logprob == pytest.approx(theirs[token].logprob, abs=0.05)
+            assert token == next(iter(mine)), "the chosen one comes first"
+
+
 def test_filtered_and_penalised_draws_repeat(folder, prompts):
     with engine(folder) as llm:
         together = tokens(llm, prompts, **QWENS)
