@@ -39,7 +39,6 @@ MODELS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 TINY = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
         "intermediate_size": 128, "vocab_size": 500}  # fmt: skip
-REPEAT = 3
 
 
 @dataclass(frozen=True)

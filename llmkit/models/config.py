@@ -50,7 +50,6 @@ class ModelConfig:
     rotary_layers: tuple[bool, ...]  # per layer: False = no rotary embedding (SmolLM3)
     dtype: str
     eos_token_ids: tuple[int, ...]
-    bos_token_id: int | None
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -186,7 +185,7 @@ class _Reader:
             mlp_bias=bool(raw.get("mlp_bias", False)), qk_norm=bool(family.get("qk_norm", False)),
             fused_checkpoint=bool(family.get("fused", False)), windows=self._windows(layers),
             rotary_layers=self._rotary_layers(layers), dtype=str(raw.get("dtype") or raw.get("torch_dtype") or "float32"),
-            eos_token_ids=_ids(raw.get("eos_token_id")), bos_token_id=next(iter(_ids(raw.get("bos_token_id"))), None),
+            eos_token_ids=_ids(raw.get("eos_token_id")),
         )  # fmt: skip
 
     def _rope(self, head_dim: int) -> RopeConfig:

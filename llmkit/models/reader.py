@@ -71,22 +71,6 @@ class CudaLane:
         torch.cuda.check_error(self.cuda.cudaHostUnregister(self.buffers.data_ptr()))
 
 
-class PlainLane:
-    """Plain memory, copied at once: what a CPU needs to run the same code."""
-
-    def __init__(self, device: torch.device, size: int) -> None:
-        self.buffers = torch.empty(2, size, dtype=torch.uint8)
-
-    def copy(self, slot: int, target: Tensor, source: Tensor) -> None:
-        target.copy_(source)
-
-    def wait(self, slot: int) -> None:
-        """Nothing is under way."""
-
-    def close(self) -> None:
-        """Nothing is held."""
-
-
 @dataclass(frozen=True)
 class Piece:
     """Bytes [start, start + size) of a file, which are `target` in dtype `dtype`; `name` is the tensor's, for errors."""

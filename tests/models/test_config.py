@@ -90,10 +90,10 @@ def test_biases_and_norms_of_each_family():
 
 
 def test_ids_counts_and_sizes():
-    config = read(eos_token_id=[2, 7], bos_token_id=1, num_key_value_heads=..., head_dim=None)
-    assert (config.eos_token_ids, config.bos_token_id, config.num_kv_heads, config.head_dim) == ((2, 7), 1, 4, 16)
+    config = read(eos_token_id=[2, 7], num_key_value_heads=..., head_dim=None)
+    assert (config.eos_token_ids, config.num_kv_heads, config.head_dim) == ((2, 7), 4, 16)
     assert read(eos_token_id=3).eos_token_ids == (3,)
-    assert (read().eos_token_ids, read().bos_token_id) == ((), None)
+    assert read().eos_token_ids == ()
     assert read().kv_bytes_per_token == 2 * 4 * 2 * 16
 
 

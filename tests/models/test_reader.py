@@ -16,11 +16,27 @@ from llmkit.errors import WeightsError
 from llmkit.models import reader as module
 from llmkit.models.config import ModelConfig
 from llmkit.models.decoder import Decoder
-from llmkit.models.reader import CudaLane, PlainLane, Reader, fast_reader
+from llmkit.models.reader import CudaLane, Reader, fast_reader
 from llmkit.models.weights import DummySource, SafetensorsSource
 
 CPU = torch.device("cpu")
 needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+
+
+class PlainLane:
+    """Plain memory, copied at once: what a CPU needs to run the same code."""
+
+    def __init__(self, device: torch.device, size: int) -> None:
+        self.buffers = torch.empty(2, size, dtype=torch.uint8)
+
+    def copy(self, slot: int, target: torch.Tensor, source: torch.Tensor) -> None:
+        target.copy_(source)
+
+    def wait(self, slot: int) -> None:
+        """Nothing is under way."""
+
+    def close(self) -> None:
+        """Nothing is held."""
 
 
 class CountingLane(PlainLane):
