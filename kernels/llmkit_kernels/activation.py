@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from llmkit_kernels.launch import cdiv
+
 _BLOCK = 1024
 
 
@@ -24,5 +26,5 @@ def silu_mul_pairs(x: Tensor, out: Tensor | None = None) -> Tensor:
     """silu(gate) · up for x [T, 2·I] whose columns are gate 0, up 0, gate 1, up 1, ...; [T, I]."""
     width = x.shape[1] // 2
     out = torch.empty(x.shape[0], width, dtype=x.dtype, device=x.device) if out is None else out
-    _silu_mul_pairs[(x.shape[0], triton.cdiv(width, _BLOCK))](x, out, width, BLOCK=_BLOCK, num_warps=4)
+    _silu_mul_pairs[(x.shape[0], cdiv(width, _BLOCK))](x, out, width, BLOCK=_BLOCK, num_warps=4)
     return out

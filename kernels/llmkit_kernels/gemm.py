@@ -8,6 +8,7 @@ tuned at run time. More tokens are right, too, but mostly slower than `torch.nn.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 
 import torch
@@ -55,6 +56,7 @@ def token_tiles(m: int) -> tuple[int, int]:
     return (64, 0) if MOST_TOKENS < m <= 192 else (128, 0)
 
 
+@functools.lru_cache(4096)
 def plan(n: int, k: int, m: int) -> Tile:
     """Tile for W [n, k] and m tokens. Measured on an H100 for Qwen2-7B's shapes; others take the nearest class."""
     block_k = 128 if k % 128 == 0 else 64 if k % 64 == 0 else 32
@@ -88,6 +90,7 @@ def _plan_many(n: int, k: int, m: int, block_k: int) -> Tile:
     return Tile(64, block_k, 4, 4 if n > 4096 else 6, max(1, min(3 if n > 4096 else 2, k // (4 * block_k))))
 
 
+@functools.lru_cache(4096)
 def fitting(tile: Tile, tokens: int, bytes_each: int) -> Tile:
     """The tile itself on a Hopper, for which it was planned; where shared memory is smaller, with fewer stages or columns."""
     column = (tile.block_n + tokens) * bytes_each
@@ -203,7 +206,7 @@ class SkinnyWeight:
         self.weight = weight
         self._descriptors: dict[tuple[int, int], object] = {}
 
-    def descriptor(self, tile: Tile) -> tuple[object, bool]:
+    def descriptor(self, tile: Tile | wide_gemm.WideTile) -> tuple[object, bool]:
         """(TMA descriptor or the weight itself, whether it is a descriptor)."""
         if not is_hopper() or self.weight.shape[1] * self.weight.element_size() % 16:  # TMA wants rows that begin at 16 bytes
             return self.weight, False
@@ -267,7 +270,8 @@ def _gate_up_silu_many(x: Tensor, w: SkinnyWeight, out: Tensor | None) -> Tensor
     tile = wide_gemm.plan(n, k, m)
     if tile is None:
         return activation.silu_mul_pairs(F.linear(x, w.weight), out)
-    return wide_gemm.gate_up_silu(x, w.weight, tile, out)
+    w_desc, tma = w.descriptor(tile)
+    return wide_gemm.gate_up_silu(x, w.weight, tile, out, w_desc if tma else None)
 
 
 def logits(x: Tensor, w: SkinnyWeight, out: Tensor | None = None) -> Tensor:

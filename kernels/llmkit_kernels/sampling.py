@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from llmkit_kernels.filters import NO_LIMIT, Kept, fine_bin
-from llmkit_kernels.launch import INTERPRETED, begin, cdiv, pdl
+from llmkit_kernels.launch import INTERPRETED, begin, cdiv, next_power_of_2, pdl
 
 _BLOCK = 4096
 _NO_LIMIT = tl.constexpr(NO_LIMIT)
@@ -129,6 +129,6 @@ def sample(
     )  # fmt: skip
     _best_of_all[(batch,)](
         rows, scratch.best, scratch.best_at, token_ids, last_token, positions, scratch.parts, live,
-        WIDTH=triton.next_power_of_2(scratch.parts), num_warps=1, **pdl(),
+        WIDTH=next_power_of_2(scratch.parts), num_warps=1, **pdl(),
     )  # fmt: skip
     return token_ids

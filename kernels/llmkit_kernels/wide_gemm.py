@@ -8,6 +8,7 @@ tiles that share rows of x or W are taken close to each other, so that both stay
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +32,7 @@ class WideTile:
     stages: int
 
 
+@functools.lru_cache(4096)
 def plan(n: int, k: int, m: int) -> WideTile | None:
     """Tile for W [n, k] and m tokens, measured on an H100 for Qwen2-7B's and Qwen3-0.6B's shapes; None where cuBLAS and a pass
     of SiLU are faster, or the GPU lacks what this kernel lives on."""
@@ -107,12 +109,14 @@ def _wide_product(
             _store(out, out_desc, total, token, row, M, N, BLOCK_M, BLOCK_N, TMA)
 
 
-def _launch(x: Tensor, weight: Tensor, out: Tensor, tile: WideTile, splits: int, silu: bool) -> Tensor:
+def _launch(
+    x: Tensor, weight: Tensor, out: Tensor, tile: WideTile, splits: int, silu: bool, w_desc: object | None = None
+) -> Tensor:
     (m, k), (n, columns) = x.shape, (weight.shape[0], out.shape[1])
     tma = is_hopper() and k % 8 == 0 and columns % 8 == 0
     block = tile.block_n // 2 if silu else tile.block_n
     descriptors = (
-        (descriptor(x, tile.block_m, tile.block_k), descriptor(weight, tile.block_n, tile.block_k),
+        (descriptor(x, tile.block_m, tile.block_k), w_desc or descriptor(weight, tile.block_n, tile.block_k),
          descriptor(out, tile.block_m, block)) if tma else (x, weight, out)
     )  # fmt: skip
     tiles = cdiv(m, tile.block_m) * cdiv(n, tile.block_n)
@@ -123,13 +127,16 @@ def _launch(x: Tensor, weight: Tensor, out: Tensor, tile: WideTile, splits: int,
     return out
 
 
-def gate_up_silu(x: Tensor, weight: Tensor, tile: WideTile, out: Tensor | None = None) -> Tensor:
+def gate_up_silu(
+    x: Tensor, weight: Tensor, tile: WideTile, out: Tensor | None = None, w_desc: object | None = None
+) -> Tensor:
     """silu(x·gateᵀ) · (x·upᵀ), [M, I], for weight [2·I, K] whose rows are gate 0, up 0, gate 1, up 1, ...
 
-    Nothing is rounded before the end. Reference: `torch.nn.functional.linear`, then `reference.silu_mul` of its gates and ups.
+    w_desc: the weight's TMA descriptor for this tile, if there is one already. Nothing is rounded before the end.
+    Reference: `torch.nn.functional.linear`, then `reference.silu_mul` of its gates and ups.
     """
     out = torch.empty(x.shape[0], weight.shape[0] // 2, dtype=x.dtype, device=x.device) if out is None else out
-    return _launch(x, weight, out, tile, 1, silu=True)
+    return _launch(x, weight, out, tile, 1, silu=True, w_desc=w_desc)
 
 
 def product(x: Tensor, weight: Tensor, tile: WideTile, splits: int = 1, out: Tensor | None = None) -> Tensor:

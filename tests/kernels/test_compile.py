@@ -53,4 +53,4 @@ def test_on_a_hopper_every_planned_tile_is_taken_as_it_is(monkeypatch):
     for n, k in ((4608, 3584), (3584, 18944), (3584, 3584), (37888, 3584), (4096, 1024), (1024, 3072), (152064, 3584)):
         for m in range(1, 2 * gemm.MOST_TOKENS + 1):
             tile = gemm.plan(n, k, m)
-            assert gemm.fitting(tile, sum(gemm.token_tiles(m)), 2) == tile
+            assert gemm.fitting.__wrapped__(tile, sum(gemm.token_tiles(m)), 2) == tile
