@@ -94,9 +94,11 @@ class Drawing:
 
     def by_torch(self, rows: np.ndarray) -> np.ndarray:
         """Positions in the batch, int64, of the rows whose tokens torch's sampler chooses."""
-        asked = [found for feature in _BY_TORCH if (found := self.sampling.using(feature, rows)).size]
-        both = np.intersect1d(self.sampling.using("penalised", rows), self.sampling.using("logprobs", rows))
-        return np.unique(np.concatenate((*asked, both))) if asked or both.size else _NOBODY
+        using = self.sampling.using
+        asked = [found for feature in _BY_TORCH if (found := using(feature, rows)).size]
+        if (penalised := using("penalised", rows)).size and (told := using("logprobs", rows)).size:
+            asked.append(np.intersect1d(penalised, told))
+        return np.unique(np.concatenate(asked)) if asked else _NOBODY
 
     def draw(self, logits: Tensor, rows: Tensor, work: Work) -> Tensor:
         """A token for each of `logits` fp32 [B, V] of rows int64 [B] -> int64 [B]. Penalties edit the logits in place."""
