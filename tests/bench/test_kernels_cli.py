@@ -117,9 +117,13 @@ def test_wrong_usage_is_told_before_anything_is_measured(argv, message, capsys):
 
 
 @pytest.mark.skipif(ON_GPU, reason="there is a GPU")
-@pytest.mark.parametrize("argv", [["--tiny"], []])
-def test_without_a_gpu_it_says_so(argv, monkeypatch, capsys):
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+@pytest.mark.parametrize(("argv", "triton"), [(["--tiny"], True), ([], True), (["--tiny"], False)])
+def test_without_a_gpu_it_says_so(argv, triton, monkeypatch, capsys):
+    if triton:
+        monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    else:
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     code, _, err = run(capsys, *argv)
     assert code == 1
     assert "there is no GPU here that runs our kernels" in err

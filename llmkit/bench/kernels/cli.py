@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import time
@@ -100,10 +101,12 @@ def _device(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
     dtype = getattr(torch, args.dtype)
     if torch.cuda.is_available() and ops.has_kernels(torch.device("cuda"), dtype):
         return torch.device("cuda"), dtype
-    if os.environ.get("TRITON_INTERPRET") == "1" and args.tiny:
+    if os.environ.get("TRITON_INTERPRET") == "1" and args.tiny and importlib.util.find_spec("triton"):
         return torch.device("cpu"), torch.float32
-    raise ConfigError("there is no GPU here that runs our kernels (NVIDIA, compute capability 8 or later)",
-                      "llmkit bench throughput measures a CPU; with TRITON_INTERPRET=1, --tiny runs here, too")  # fmt: skip
+    raise ConfigError(
+        "there is no GPU here that runs our kernels (NVIDIA, compute capability 8 or later)",
+        "llmkit bench throughput measures a CPU; with triton and TRITON_INTERPRET=1, --tiny runs here, too",
+    )
 
 
 def _ceilings(device: torch.device, dtype: torch.dtype, model: ModelConfig, tiny: bool) -> Ceilings:
