@@ -12,7 +12,7 @@ from llmkit.sampling_params import SamplingParams
 from llmkit.tokenizer import Tokenizer
 
 _ESCAPED = re.compile("[\udc80-\udcff]")
-_CONTEXT = 6  # tokens of the prompt that decide how the first generated one is written
+CONTEXT = 6  # tokens of the prompt that decide how the first generated one is written
 
 
 class Detokenizer:
@@ -129,7 +129,7 @@ def _stream(tokenizer: Tokenizer, params: SamplingParams, prompt: Sequence[int])
     if not params.detokenize:
         return _NoText()
     hidden = tokenizer.special_ids if params.skip_special_tokens else frozenset()
-    context = [i for i in prompt[-_CONTEXT:] if i not in hidden]
+    context = [i for i in prompt[-CONTEXT:] if i not in hidden]
     if tokenizer.byte_kind == "byte_level":
         return _ByteLevel(tokenizer, params.skip_special_tokens)
     if tokenizer.byte_kind == "byte_fallback":

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from llmkit.detokenizer import Detokenizer
+from llmkit.detokenizer import CONTEXT, Detokenizer
 from llmkit.engine.request import Request
 from llmkit.errors import LlmkitError
 from llmkit.outputs import CompletionOutput, RequestOutput, StreamChunk
@@ -91,7 +91,7 @@ class Job:
         self.error: LlmkitError | None = None
         params = requests[0].params
         live = params.detokenize and (streaming or bool(params.stop))
-        ids = requests[0].prompt.tolist()
+        ids = requests[0].prompt[-CONTEXT:].tolist()
         self.answers = {r: Answer(r, i, Detokenizer(tokenizer, r.params, ids), live) for i, r in enumerate(requests)}
 
     @property

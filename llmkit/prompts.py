@@ -129,19 +129,24 @@ class RequestBuilder:
             built.append((text, Request(name, ids, _NO_SAMPLING, max_total=len(ids), pooling=pooling)))
         return built
 
-    def _encode(self, prompts: Sequence[Prompt], add_special_tokens: bool) -> list[tuple[str | None, list[int]]]:
+    def _encode(self, prompts: Sequence[Prompt], add_special_tokens: bool) -> list[tuple[str | None, Sequence[int] | np.ndarray]]:
         """The text, where it is known, and the token ids of each prompt."""
         plain = [_unwrap(p) for p in prompts]
         texts = [p for p in plain if isinstance(p, str)]
         encoded = iter(self._tokenizer.encode_batch(texts, add_special_tokens))
         return [(p, next(encoded)) if isinstance(p, str) else (p.text, self._token_ids(p.ids)) for p in plain]
 
-    def _token_ids(self, ids: Sequence[int]) -> list[int]:
-        low, high = min(ids, default=0), max(ids, default=0)
+    def _token_ids(self, ids: Sequence[int]) -> np.ndarray:
+        """int32 [P]; in numpy, for all prompts are looked at before the first one is computed."""
+        try:
+            values = np.fromiter(ids, np.int64, len(ids))
+            low, high = int(values.min(initial=0)), int(values.max(initial=0))
+        except OverflowError:  # beyond 64 bits
+            low, high = min(ids), max(ids)
         if low < 0 or high >= self._vocab_size:
             what = f"token id {low if low < 0 else high} is outside the vocabulary (0 to {self._vocab_size - 1})"
             raise InvalidRequestError(what, "encode the prompt with this model's tokenizer: get_tokenizer()", param="prompt")
-        return ids.tolist() if isinstance(ids, np.ndarray) else list(map(int, ids))
+        return values.astype(np.int32)
 
     @staticmethod
     def _priorities(priority: int | Sequence[int] | None, count: int) -> list[int]:
@@ -162,14 +167,14 @@ class RequestBuilder:
         return list(params)
 
     def _requests(
-        self, tokens: list[int], params: SamplingParams, priority: int, grammars: dict[int, Grammar]
+        self, tokens: Sequence[int] | np.ndarray, params: SamplingParams, priority: int, grammars: dict[int, Grammar]
     ) -> list[Request]:
         self._check(tokens, params)
         base = f"req-{next(self._ids)}"
         stops = tuple(dict.fromkeys([*(() if params.ignore_eos else self.eos_ids), *(params.stop_token_ids or ())]))
         seed = params.seed if params.seed is not None else _fresh_seed(self._rules.seed, base)
         grammar = grammars.get(id(params))
-        prompt = np.array(tokens, np.int32)
+        prompt = np.asarray(tokens, np.int32)
         total = self._max_len if params.max_tokens is None else min(self._max_len, len(tokens) + params.max_tokens)
         first: Request | None = None
         requests: list[Request] = []
@@ -183,7 +188,7 @@ class RequestBuilder:
             requests.append(request)
         return requests
 
-    def _check(self, tokens: list[int], params: SamplingParams) -> None:
+    def _check(self, tokens: Sequence[int] | np.ndarray, params: SamplingParams) -> None:
         self._check_length(tokens, self._max_len - 1, "with at least one answer token it")
         limit = self._rules.max_logprobs
         for name in ("logprobs", "prompt_logprobs"):
@@ -193,8 +198,8 @@ class RequestBuilder:
                                           f"load the model with max_logprobs={asked}", param=name)  # fmt: skip
         check_token_ids(params, self._vocab_size)
 
-    def _check_length(self, tokens: list[int], most: int, what: str) -> None:
-        if not tokens:
+    def _check_length(self, tokens: Sequence[int] | np.ndarray, most: int, what: str) -> None:
+        if not len(tokens):
             raise InvalidRequestError("the prompt is empty", "give at least one character or one token id", param="prompt")
         if len(tokens) > most:
             raise InvalidRequestError(

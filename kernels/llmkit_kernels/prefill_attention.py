@@ -57,7 +57,7 @@ def _prefill(
     first = tl.load(tile_start + tile)  # this tile's first query within its sequence's run
     begin_token, end_token = tl.load(cu_seqlens + s), tl.load(cu_seqlens + s + 1)
     context = tl.load(context_lens + s)
-    done = context - (end_token - begin_token).to(tl.int32)
+    done = tl.maximum(context - (end_token - begin_token).to(tl.int32), 0)  # a run that is padding has no keys at all
     rows, dims, keys = tl.arange(0, QUERIES), tl.arange(0, D), tl.arange(0, KEYS)
     token = begin_token + first + rows
     live = token < end_token

@@ -20,13 +20,11 @@ class FixedBackend(TritonBackend):
         size = self.kv_cache.shape[4]
         own = positions[rows]
         slots = block_tables[rows, own // size].long() * size + own % size
-        return self.step(own, slots, block_tables, len(rows), self._decodes(positions, block_tables, rows), None)
+        return self.step(own, slots, self.decodes(positions, block_tables, rows), None)
 
-    def step(
-        self, positions: Tensor, slots: Tensor, tables: Tensor, num_decodes: int, decodes: Decodes | None, runs: PromptRuns | None
-    ) -> FixedStep:
+    def step(self, positions: Tensor, slots: Tensor, decodes: Decodes | None, runs: PromptRuns | None) -> FixedStep:
         """As its parent."""
-        return FixedStep(self.kv_cache, self.rotary, self.descriptors, positions, slots, tables, num_decodes, decodes, runs)
+        return FixedStep(self.kv_cache, self.rotary, self.descriptors, positions, slots, decodes, runs)
 
     def _scratch(self, count: int, tables: Tensor) -> fixed_attention.Scratch:
         kv_heads, size, dim = self.kv_cache.shape[3:]
@@ -38,22 +36,20 @@ class FixedStep(TritonStep):
 
     def attend_all(self, layer: Attention, qkv: Tensor, out: Tensor, bias: Tensor | None) -> Tensor:
         """qkv: fp32 partial products [S, T, (H+2G)·D]. out: [T, H·D]."""
-        n, dim, scale = self.num_decodes, layer.head_dim, layer.head_dim**-0.5
+        dim, scale = layer.head_dim, layer.head_dim**-0.5
         k_cache, v_cache = self.kv_cache[layer.layer].unbind(0)
         parts = qkv.unflatten(-1, (-1, dim))
         q = rope_cache(parts, layer.norms, self._tables(layer), self.positions, self.slots, k_cache, v_cache, bias)
         descriptors = self.descriptors[layer.layer] if self.descriptors else None
-        if n:
-            d = self.decodes
-            assert d is not None  # a step that decodes has it
+        if d := self.decodes:
             assert isinstance(d.scratch, fixed_attention.Scratch)  # made by `FixedBackend`
             fixed_attention.decode(
-                q[:n], k_cache, v_cache, d.block_tables, d.positions, d.rows, scale, layer.window, d.scratch, out[:n], descriptors
-            )
-        if self.runs:
-            r, tables = self.runs, self.block_tables[n:]
+                q[: d.count], k_cache, v_cache, d.block_tables, d.positions, d.rows, scale, layer.window, d.scratch,
+                out[: d.count], descriptors,
+            )  # fmt: skip
+        if r := self.runs:
             fixed_attention.prefill(
-                q[n:], k_cache, v_cache, r.cu_seqlens, r.context_lens, tables, r.tiles, scale, layer.window,
-                out[n:].unflatten(-1, (-1, dim)), descriptors,
+                q[r.first :], k_cache, v_cache, r.cu_seqlens, r.context_lens, r.block_tables, r.tiles, scale, layer.window,
+                out[r.first :].unflatten(-1, (-1, dim)), descriptors,
             )  # fmt: skip
         return out

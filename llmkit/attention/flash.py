@@ -29,9 +29,10 @@ class FlashBackend(TritonBackend):
         if step.runs is None:
             return step
         own = {f.name: getattr(step, f.name) for f in fields(step)}
-        contexts = batch.context_lens[step.num_decodes :]
+        first = step.runs.first
+        contexts = batch.context_lens[first:]
         ends = send(np.concatenate(([0], np.cumsum(contexts))).astype(np.int32), self.kv_cache.device)
-        longest = int(batch.num_new[step.num_decodes :].max()), int(contexts.max())
+        longest = int(batch.num_new[first:].max()), int(contexts.max())
         return FlashStep(**own, backend=self, key_ends=ends, longest=longest)
 
 
@@ -48,6 +49,6 @@ class FlashStep(TritonStep):
         attended = self.backend.attend(
             q, k_cache.transpose(1, 2), v_cache.transpose(1, 2), self.runs.cu_seqlens, self.key_ends, *self.longest,
             softmax_scale=layer.head_dim**-0.5, causal=True, window_size=(layer.window - 1 if layer.window else -1, 0),
-            block_table=self.block_tables[self.num_decodes :],
+            block_table=self.runs.block_tables,
         )  # fmt: skip
         out.copy_(attended)

@@ -31,29 +31,26 @@ class TritonBackend:
 
     def prepare(self, batch: Batch, positions: Tensor, slot_mapping: Tensor) -> TritonStep:
         device, n = self.kv_cache.device, batch.num_decodes
-        runs = None
+        runs, tables = None, send(batch.block_tables, device)
         if n < len(batch.rows):
             cu_seqlens = send((batch.cu_seqlens[n:] - n).astype(np.int32), device)
             contexts = send(batch.context_lens[n:].astype(np.int32), device)
             sequence, first = send(prefill_attention.query_tiles(batch.num_new[n:]), device).unbind(0)
-            runs = PromptRuns(cu_seqlens, contexts, (sequence, first))
-        tables = send(batch.block_tables, device)
-        decodes = self._decodes(positions[:n], tables, None) if n else None
-        return self.step(positions, slot_mapping, tables, n, decodes, runs)
+            runs = PromptRuns(n, cu_seqlens, contexts, (sequence, first), tables[n:])
+        return self.step(positions, slot_mapping, self.decodes(positions[:n], tables, None) if n else None, runs)
 
     def prepare_decode(self, positions: Tensor, block_tables: Tensor, rows: Tensor) -> TritonStep:
         """One token of each of `rows` int64 [B], which find their positions and block tables by row. The host sends nothing."""
-        decodes = self._decodes(positions, block_tables, rows)
-        return self.step(positions, positions, block_tables, len(rows), decodes, None)
+        return self.step(positions, positions, self.decodes(positions, block_tables, rows), None)
 
-    def step(
-        self, positions: Tensor, slots: Tensor, tables: Tensor, num_decodes: int, decodes: Decodes | None, runs: PromptRuns | None
-    ) -> TritonStep:
+    def step(self, positions: Tensor, slots: Tensor, decodes: Decodes | None, runs: PromptRuns | None) -> TritonStep:
         """Of what is already on the device."""
-        return TritonStep(self.kv_cache, self.rotary, self.descriptors, positions, slots, tables, num_decodes, decodes, runs)
+        return TritonStep(self.kv_cache, self.rotary, self.descriptors, positions, slots, decodes, runs)
 
-    def _decodes(self, positions: Tensor, tables: Tensor, rows: Tensor | None) -> Decodes:
-        return Decodes(positions, tables, rows, self._scratch(len(positions if rows is None else rows), tables))
+    def decodes(self, positions: Tensor, tables: Tensor, rows: Tensor | None) -> Decodes:
+        """Of what is already on the device; as the fields of `Decodes`."""
+        count = len(positions if rows is None else rows)
+        return Decodes(count, positions, tables, rows, self._scratch(count, tables))
 
     def _scratch(self, count: int, tables: Tensor) -> Scratch:
         """Where `count` sequences that decode leave partial results."""
@@ -66,8 +63,10 @@ Scratch = decode_attention.DecodeScratch | fixed_attention.Scratch
 
 @dataclass(slots=True)
 class Decodes:
-    """positions int64 [R], block_tables int32 [R, blocks]; rows int64 [B], None: as they stand. Layers share the scratch."""
+    """The first `count` tokens of a step. positions int64 [R], block_tables int32 [R, blocks]; rows int64 [count], None: as they
+    stand. Layers share the scratch."""
 
+    count: int
     positions: Tensor
     block_tables: Tensor
     rows: Tensor | None
@@ -76,35 +75,36 @@ class Decodes:
 
 @dataclass(slots=True)
 class PromptRuns:
-    """cu_seqlens int32 [P+1], counted from the first prompt token; context_lens int32 [P]; tiles as `prefill` wants them."""
+    """Runs of prompt tokens, among a step's tokens from `first` on, from where cu_seqlens int32 [P+1] counts. context_lens: int32
+    [P]. tiles: as `prefill` wants them. block_tables: int32 [P, blocks]. With `first` 0 decodes may stand before the first run:
+    no run reads or writes their places."""
 
+    first: int
     cu_seqlens: Tensor
     context_lens: Tensor
     tiles: tuple[Tensor, Tensor]
+    block_tables: Tensor
 
 
 @dataclass(slots=True)
 class TritonStep:
-    """positions, slots: int64 [T]. block_tables: int32 [S, blocks], decodes first. decodes, runs: None where there are none."""
+    """positions, slots: int64 [T]. decodes, runs: None where there are none."""
 
     kv_cache: Tensor
     rotary: RotaryEmbedding
     descriptors: list[tuple[object, object]] | None
     positions: Tensor
     slots: Tensor
-    block_tables: Tensor
-    num_decodes: int
     decodes: Decodes | None
     runs: PromptRuns | None
 
     def attend(self, layer: Attention, qkv: Tensor) -> Tensor:
         """As `Step.attend`."""
-        heads, dim, n = layer.num_heads, layer.head_dim, self.num_decodes
-        out = torch.empty(qkv.shape[0], heads * dim, dtype=qkv.dtype, device=qkv.device)
-        if n:
-            self.decode(layer, qkv[:n], out[:n])
-        if self.runs:
-            self.prefill(layer, qkv[n:], out[n:])
+        out = torch.empty(qkv.shape[0], layer.num_heads * layer.head_dim, dtype=qkv.dtype, device=qkv.device)
+        if d := self.decodes:
+            self.decode(layer, qkv[: d.count], out[: d.count])
+        if r := self.runs:
+            self.prefill(layer, qkv[r.first :], out[r.first :])
         return out
 
     def decode(self, layer: Attention, qkv: Tensor, out: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -120,9 +120,10 @@ class TritonStep:
 
     def prefill(self, layer: Attention, qkv: Tensor, out: Tensor, bias: Tensor | None = None) -> Tensor:
         """The prompt tokens; qkv may be fp32 partial products [S, T, (H+2G)·D] whose bias is still to be added. out: [T, H·D]."""
-        n, dim = self.num_decodes, layer.head_dim
+        assert self.runs is not None  # the caller has looked
+        first, dim = self.runs.first, layer.head_dim
         k_cache, v_cache = self.kv_cache[layer.layer].unbind(0)
-        places = self.positions[n:], self.slots[n:], k_cache, v_cache
+        places = self.positions[first:], self.slots[first:], k_cache, v_cache
         q = rope_cache(qkv.unflatten(-1, (-1, dim)), layer.norms, self._tables(layer), *places, bias)
         self._attend_runs(layer, q, k_cache, v_cache, out.view(-1, layer.num_heads, dim))
         return out
@@ -132,7 +133,7 @@ class TritonStep:
         runs = self.runs
         assert runs is not None
         prefill_attention.prefill(
-            q, k_cache, v_cache, runs.cu_seqlens, runs.context_lens, self.block_tables[self.num_decodes :], runs.tiles,
+            q, k_cache, v_cache, runs.cu_seqlens, runs.context_lens, runs.block_tables, runs.tiles,
             layer.head_dim**-0.5, layer.window, out, self.descriptors[layer.layer] if self.descriptors else None,
         )  # fmt: skip
 

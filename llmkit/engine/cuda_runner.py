@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 from llmkit.attention.fixed import FixedBackend
-from llmkit.attention.triton import TritonBackend, TritonStep
+from llmkit.attention.flash import FlashBackend
+from llmkit.attention.triton import TritonBackend
+from llmkit.engine import prompt_graphs
 from llmkit.engine.batch import Batch
 from llmkit.engine.drawing import Drawing, Work
 from llmkit.engine.graphs import DecodeGraphs, DeviceRows
@@ -45,7 +47,8 @@ class _OnTheWay(SampledTokens):
 
 
 class CudaRunner(Runner):
-    """A `Runner` whose decode steps and small prompts are replayed graphs. Other steps take the eager road, on the same rows."""
+    """A `Runner` whose steps are replayed graphs: those of decodes alone, and those with prompts that are not too large. Others
+    take the eager road, on the same rows."""
 
     def __init__(
         self, model: Decoder, rows: Rows, num_blocks: int, max_tokens: int, dtype: torch.dtype, enforce_eager: bool = False
@@ -55,6 +58,7 @@ class CudaRunner(Runner):
         assert isinstance(self.backend, TritonBackend)  # or `create_runner` would have made a plain one
         self.passes = self.fused = FixedForward(model) if isinstance(self.backend, FixedBackend) else FusedForward(model)
         self.decoding = self.backend
+        self._replays_prompts = not isinstance(self.backend, FlashBackend)  # which computes prompts itself
 
     def attach(self, rows: Rows) -> None:
         super().attach(rows)
@@ -65,11 +69,16 @@ class CudaRunner(Runner):
         self.graphs = DecodeGraphs(self._decode, self.state, count, self.enforce_eager)
         self.prompts: PromptGraphs | None = None  # made when first needed: `attach` comes before the back end is known
 
+    @property
+    def mixed_tokens(self) -> int | None:
+        """As `Runner.mixed_tokens`: what is replayed, and short enough for those who decode beside it."""
+        return prompt_graphs.TOKENS[-1] if self._replays_prompts else None
+
     @torch.inference_mode()
     def run(self, batch: Batch, schedule: Schedule) -> StepResult:
         """As `Runner.run`."""
         if batch.num_decodes < len(batch.rows):
-            return self._run_prompts(batch, schedule) if self._is_plain(batch) else super().run(batch, schedule)
+            return super().run(batch, schedule)
         self._copy_blocks(schedule.copies)
         self._load_rows(schedule)
         self._send_tables()
@@ -78,29 +87,14 @@ class CudaRunner(Runner):
         token_ids, logits = self.graphs.run(batch.rows, self.drawing.work(batch.rows))
         return StepResult(self._finish(token_ids, logits, batch.rows), [])
 
-    def _is_plain(self, batch: Batch) -> bool:
-        """Whether a step of prompts may be replayed: nobody wants more of it than tokens."""
-        if self.enforce_eager or not PromptGraphs.fits(batch):
-            return False
-        requests = [self.rows.requests[row] for row in batch.rows]
-        return all(r is not None and r.params.prompt_logprobs is None and r.pooling is None for r in requests)
-
-    def _run_prompts(self, batch: Batch, schedule: Schedule) -> StepResult:
-        self._copy_blocks(schedule.copies)
-        self._load_rows(schedule)
-        self.prompts = self.prompts or PromptGraphs(self._prompt, self.decoding, self.state)
-        token_ids, logits = self.prompts.run(batch, self.drawing.work(batch.rows[batch.sampled]))
-        if not batch.sampled.size:
-            return StepResult(None, [], None)
-        if len(batch.sampled) < len(batch.rows):
-            at = self._index(batch.sampled)
-            token_ids, logits = token_ids[at], logits[at]
-        return StepResult(self._finish(token_ids, logits, batch.rows[batch.sampled]), [], None)
-
-    def _prompt(self, ids: Tensor, step: TritonStep, last: Tensor, rows: Tensor, work: Work) -> tuple[Tensor, Tensor]:
-        """The body of a graph: whole prompts, and one token of each of `rows`."""
-        logits = self.fused.logits(self.fused.forward(ids, step)[last])
-        return self.drawing.draw(logits, rows, work), logits
+    def _forward(self, batch: Batch) -> Tensor:
+        """As `Runner._forward`."""
+        size = prompt_graphs.size_of(batch) if self._replays_prompts else None
+        if size is None:
+            return super()._forward(batch)
+        self._send_tables()
+        self.prompts = self.prompts or PromptGraphs(self.fused.forward, self.decoding, self.state, self.enforce_eager)
+        return self.prompts.run(batch, size)
 
     def _load_rows(self, schedule: Schedule) -> None:
         super()._load_rows(schedule)

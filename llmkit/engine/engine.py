@@ -49,7 +49,8 @@ class Flight:
 class Engine:
     """Owns the model, the KV cache and the requests. Not thread-safe: its owner holds a lock around every call.
 
-    token_text: how log-probabilities name their tokens.
+    token_budget: tokens of a step at most. short_mixed: fewer where prompts and decodes mix, if the runner says so. token_text:
+    how log-probabilities name their tokens.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class Engine:
         dtype: torch.dtype,
         *,
         token_budget: int,
+        short_mixed: bool = True,
         chunk_limit: int = 0,
         caching: bool = True,
         by_priority: bool = False,
@@ -68,10 +70,11 @@ class Engine:
         self.model, self.plan, self.token_text = model, plan, token_text
         self._new_rows = lambda: Rows(plan.max_num_seqs, plan.max_model_len, plan.block_size)
         self._new_pool = lambda: BlockPool(plan.num_blocks, plan.block_size, caching)
-        self._new_scheduler = lambda: Scheduler(self.rows, self.pool, token_budget, chunk_limit, by_priority)
         self.rows, self.pool = self._new_rows(), self._new_pool()
-        self.scheduler = self._new_scheduler()
         self.runner = create_runner(model, self.rows, plan.num_blocks, token_budget, dtype, enforce_eager)
+        mixed = self.runner.mixed_tokens if short_mixed else None
+        self._new_scheduler = lambda: Scheduler(self.rows, self.pool, token_budget, chunk_limit, by_priority, mixed)
+        self.scheduler = self._new_scheduler()
         self._flying: Flight | None = None
         self._shortage = Shortage()
         self.num_steps = self.num_prompt_tokens = self.num_generated_tokens = self.num_step_tokens = 0

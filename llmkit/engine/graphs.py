@@ -11,7 +11,7 @@ from __future__ import annotations
 import bisect
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from llmkit.transfer import fill, send
 
+T = TypeVar("T")
 SIZES = [1, 2, 4, 8, 12, 16, 24, 32, 40, 48, 56, 64, *range(80, 257, 16), *range(288, 1025, 32)]
 
 
@@ -41,10 +42,8 @@ class DeviceRows:
         self.block_table[send(rows, device)] = send(tables, device)
 
 
-def capture(
-    body: Callable[[], tuple[Tensor, Tensor]], side: torch.cuda.Stream | None, pool: Any = None
-) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
-    """Run the body once, so that kernels are compiled and workspaces there, then record it: (graph, its two results).
+def capture(body: Callable[[], T], side: torch.cuda.Stream | None, pool: Any = None) -> tuple[torch.cuda.CUDAGraph, T]:
+    """Run the body once, so that kernels are compiled and workspaces there, then record it: (graph, what the body returned).
 
     side: the one stream for all of this, because cuBLAS keeps a workspace of 32 MiB for every stream it has seen.
     """
@@ -56,8 +55,8 @@ def capture(
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=pool, stream=side):
-        first, second = body()
-    return graph, first, second
+        results = body()
+    return graph, results
 
 
 class DecodeGraphs:
@@ -73,7 +72,7 @@ class DecodeGraphs:
         self.body, self.state, self.eager = body, state, eager
         self.sizes = [s for s in SIZES if s < max_size] + [max_size]
         self.rows = torch.full((max_size,), state.num_rows, dtype=torch.int64, device=state.position.device)
-        self._graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
+        self._graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, tuple[Tensor, Tensor]]] = {}
         self.capture_seconds: dict[tuple[int, int], float] = {}
         self._pool = None
         self._loaded = np.empty(0, np.int64)
@@ -88,7 +87,7 @@ class DecodeGraphs:
         else:
             if (size, work) not in self._graphs:
                 self._graphs[size, work] = self._capture(size, work)
-            graph, token_ids, logits = self._graphs[size, work]
+            graph, (token_ids, logits) = self._graphs[size, work]
             graph.replay()
         return token_ids[:count], logits[:count]
 
@@ -98,7 +97,7 @@ class DecodeGraphs:
             fill(self.rows[:size], padded)
             self._loaded = padded
 
-    def _capture(self, size: int, work: int) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
+    def _capture(self, size: int, work: int) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, Tensor]]:
         """On rows that nobody owns."""
         begin = time.perf_counter()
         keep = self.rows[:size].clone()

@@ -14,6 +14,7 @@ from llmkit.models.config import ModelConfig
 
 GiB = 1 << 30
 _USABLE = 0.97  # of the memory that is free: the driver and fragments take the rest
+GRAPH_TOKENS = 1024  # of the largest captured step with prompts, which keeps its intermediates
 _CPU_KV_LIMIT = 4 * GiB  # a CPU decodes too slowly to fill more; kv_cache_memory= asks for more
 
 
@@ -113,12 +114,12 @@ def plan_memory(
     before: int,
 ) -> MemoryPlan:
     """Divide the memory. `before`: bytes in use on the device before this engine began. OutOfMemoryError carries the plan."""
-    total = device_total(device)
-    block_size = config.block_size or (64 if ops.has_kernels(device, dtype) else 16)
+    total, kernels = device_total(device), ops.has_kernels(device, dtype)
+    block_size = config.block_size or (64 if kernels else 16)
     wanted_len = config.max_model_len or model.max_position
     plan = MemoryPlan(
         device=str(device), total=total, others=before, weights=weights,
-        activations=_activations(model, dtype, max_num_seqs, max_tokens),
+        activations=_activations(model, dtype, max_num_seqs, max_tokens + (min(max_tokens, GRAPH_TOKENS) if kernels else 0)),
         block_bytes=kv_block_bytes(model, block_size, dtype), block_size=block_size,
         num_blocks=0, max_model_len=wanted_len, max_num_seqs=max_num_seqs,
     )  # fmt: skip
@@ -134,7 +135,8 @@ def plan_memory(
 
 
 def _activations(model: ModelConfig, dtype: torch.dtype, max_num_seqs: int, max_tokens: int) -> int:
-    """The widest moments of a step: the feed-forward of all its tokens, and float32 logits of all that sample (a few copies)."""
+    """The widest moments of steps of so many tokens in all: their feed-forward, and float32 logits of all that sample (a few
+    copies)."""
     widest = 2 * model.intermediate_size + 4 * model.hidden_size + model.head_dim * (model.num_heads + 2 * model.num_kv_heads)
     return max_tokens * widest * dtype.itemsize + 3 * max_num_seqs * model.vocab_size * 4
 

@@ -1,16 +1,16 @@
-"""Small steps of prompts alone as CUDA graphs: what a person waits for who asks an idle engine.
+"""Steps with prompts as CUDA graphs, decodes among them or not, as far as their hidden states.
 
-At a hundred tokens the GPU needs some 5 ms and the host, launching kernel after kernel, twice that. Everything a step differs in
-lies in two buffers, filled by one copy each; token counts are padded to the next size with a sequence of nobody, which lives in
-the padding block. It attends as others do: what nobody computes would be left over in memory, might be NaN, and a NaN that is
-written to the padding block reaches everybody, since a masked NaN is still a NaN.
+Launching kernel after kernel, the host needs 5 to 25 ms for a step: more than the GPU for a short prompt, more even for a step of
+a thousand tokens of a small model. Everything a step differs in lies in one buffer, filled by one copy; its counts are padded to
+the next sizes. Padding tokens belong to a run that has no keys: what they attend to is zeros, for what nobody computes would be
+left over in memory and might be NaN. Padding decodes are of the row that nobody owns.
 """
 
 from __future__ import annotations
 
 import bisect
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,81 +20,123 @@ from torch import Tensor
 from llmkit.attention.triton import PromptRuns, TritonBackend, TritonStep
 from llmkit.engine.batch import Batch
 from llmkit.engine.graphs import DeviceRows, capture
+from llmkit.engine.memory import GRAPH_TOKENS
 from llmkit.transfer import fill
 
-TOKENS = [32, 64, 128, 256, 512]
-SEQUENCES = 4  # at most
+TOKENS = [32, 64, 128, *range(256, GRAPH_TOKENS + 1, 128)]
+DECODES = [0, 16, 64, 256, 512]
+PROMPTS = [4, 32]
+
+
+class Size(NamedTuple):
+    """What a graph has room for: tokens, of which the first are decodes, and runs of prompt tokens."""
+
+    tokens: int
+    decodes: int
+    prompts: int
+
+    @property
+    def tiles(self) -> int:
+        """Of queries: each run, and the padding's, may begin one."""
+        return self.tokens // QUERY_TILE + self.prompts + 1
+
+    @property
+    def wide(self) -> tuple[int, ...]:
+        """int64 numbers of each part: ids, positions and slots; rows, decodes' first, and where these stand."""
+        return self.tokens, self.tokens, self.tokens, self.decodes + self.prompts + 1, self.decodes
+
+    @property
+    def narrow(self) -> tuple[int, ...]:
+        """int32 numbers of each part: cu_seqlens, context lengths, tiles' runs and first queries; one or none to make it even."""
+        parts = self.prompts + 2, self.prompts + 1, self.tiles, self.tiles
+        return *parts, sum(parts) % 2
+
+    @property
+    def numbers(self) -> int:
+        """int64 numbers of all, two narrow ones in each."""
+        return sum(self.wide) + sum(self.narrow) // 2
+
+
+def size_of(batch: Batch) -> Size | None:
+    """The smallest that the step fits; None for one of decodes alone, or too large."""
+    decodes, tokens = _next(DECODES, batch.num_decodes), batch.num_tokens
+    prompts = _next(PROMPTS, len(batch.rows) - batch.num_decodes)
+    if batch.num_decodes == len(batch.rows) or decodes is None or prompts is None:
+        return None
+    tokens = _next(TOKENS, max(tokens, decodes))
+    return None if tokens is None else Size(tokens, decodes, prompts)
+
+
+def _next(sizes: Sequence[int], count: int) -> int | None:
+    at = bisect.bisect_left(sizes, count)
+    return sizes[at] if at < len(sizes) else None
 
 
 class PromptGraphs:
-    """Captured prompt steps by token count, and by how tokens are drawn (`work`).
+    """Captured steps by size.
 
-    body: (ids int64 [T], step, last int64 [S], rows int64 [S], work) -> (token ids [S], logits fp32 [S, vocabulary]).
+    body: (ids int64 [T], step) -> hidden states [T, hidden]; reads the device rows and changes none. eager: capture nothing, but
+    compute the same. A size that is met once only is not captured either.
     """
 
     def __init__(
-        self, body: Callable[[Tensor, TritonStep, Tensor, Tensor, Any], tuple[Tensor, Tensor]], backend: TritonBackend,
-        state: DeviceRows,
-    ) -> None:  # fmt: skip
-        self.body, self.backend, self.state = body, backend, state
-        self.blocks = state.block_table.shape[1]
-        self._graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
-        device = state.position.device
-        self._wide = torch.zeros(3 * TOKENS[-1] + 3 * SEQUENCES, dtype=torch.int64, device=device)
-        self._narrow = torch.zeros(sum(self._sizes(TOKENS[-1])), dtype=torch.int32, device=device)
+        self, body: Callable[[Tensor, TritonStep], Tensor], backend: TritonBackend, state: DeviceRows, eager: bool
+    ) -> None:
+        self.body, self.backend, self.state, self.eager = body, backend, state, eager
+        self._met: set[Size] = set()
+        self._graphs: dict[Size, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self._pool = None
+        largest = Size(TOKENS[-1], DECODES[-1], PROMPTS[-1])
+        self._numbers = torch.zeros(largest.numbers, dtype=torch.int64, device=state.position.device)
 
-    @staticmethod
-    def fits(batch: Batch) -> bool:
-        """Whether the step is small enough, and of prompts alone."""
-        return not batch.num_decodes and len(batch.rows) <= SEQUENCES and batch.num_tokens <= TOKENS[-1]
+    def run(self, batch: Batch, size: Size) -> Tensor:
+        """Hidden states [num_tokens, hidden] of a step that fits `size`; the next step overwrites them. Decodes' tokens and
+        everybody's block tables are read from the device rows."""
+        fill(self._numbers[: size.numbers], lay_out(batch, size, self.state.num_rows))
+        return self._computed(size)[: batch.num_tokens]
 
-    def run(self, batch: Batch, work: int) -> tuple[Tensor, Tensor]:
-        """(token ids [S], logits [S, vocabulary]) of the sequences; those of unfinished prompts mean nothing. The next step
-        overwrites both."""
-        size = TOKENS[bisect.bisect_left(TOKENS, batch.num_tokens)]
-        wide, narrow = self._lay_out(batch, size)
-        fill(self._narrow[: len(narrow)], narrow)
-        fill(self._wide[: len(wide)], wide)
-        if (size, work) not in self._graphs:
-            self._wide[len(wide) - 2 * SEQUENCES : len(wide) - SEQUENCES] = self.state.num_rows  # capturing draws for nobody
-            self._graphs[size, work] = capture(lambda: self._compute(size, work), self.state.side)
-            fill(self._wide[: len(wide)], wide)
-        graph, token_ids, logits = self._graphs[size, work]
+    def _computed(self, size: Size) -> Tensor:
+        if size not in self._graphs:
+            if self.eager or size not in self._met:
+                self._met.add(size)
+                return self.compute(size)
+            self._graphs[size] = capture(lambda: self.compute(size), self.state.side, self._pool)
+            self._pool = self._pool or self._graphs[size][0].pool()
+        graph, hidden = self._graphs[size]
         graph.replay()
-        return token_ids[: len(batch.rows)], logits[: len(batch.rows)]
+        return hidden
 
-    def _sizes(self, tokens: int) -> tuple[int, int, int, int, int]:
-        """Of the parts of the int32 buffer. The last sequence is the padding's."""
-        tiles = tokens // QUERY_TILE + SEQUENCES + 1
-        return SEQUENCES + 2, SEQUENCES + 1, tiles, tiles, (SEQUENCES + 1) * self.blocks
+    def compute(self, size: Size) -> Tensor:
+        """The step that lies in the buffer: hidden states [size.tokens, hidden]."""
+        wide, narrow = self._numbers[: size.numbers].split([sum(size.wide), sum(size.narrow) // 2])
+        ids, positions, slots, rows, standing = wide.split(size.wide)
+        ends, contexts, run, first, _ = narrow.view(torch.int32).split(size.narrow)
+        tables, decodes, n = self.state.block_table[rows], None, size.decodes
+        if n:
+            known = self.state.last_token[rows[:n]]
+            ids[:n] = torch.where(rows[:n] == self.state.num_rows, ids[:n], known)  # padding decodes have prompt tokens' places
+            decodes = self.backend.decodes(standing, tables[:n], None)
+        runs = PromptRuns(0, ends, contexts, (run, first), tables[n:])
+        return self.body(ids, self.backend.step(positions, slots, decodes, runs))
 
-    def _lay_out(self, batch: Batch, size: int) -> tuple[np.ndarray, np.ndarray]:
-        """The buffers' contents: ids, positions, slots, last tokens, rows and where the newest token of each stands, int64; then
-        cu_seqlens, context lengths, tiles and block tables, int32."""
-        count, tokens = len(batch.rows), batch.num_tokens
-        wide, narrow = np.zeros(3 * size + 3 * SEQUENCES, np.int64), np.zeros(sum(self._sizes(size)), np.int32)
-        wide[: 3 * size].reshape(3, size)[:, :tokens] = batch.input_ids, batch.positions, batch.slot_mapping
-        last, rows, newest = wide[3 * size :].reshape(3, SEQUENCES)
-        last[:count] = batch.cu_seqlens[1:] - 1
-        rows[:] = self.state.num_rows
-        rows[batch.sampled] = batch.rows[batch.sampled]
-        newest[batch.sampled] = batch.context_lens[batch.sampled] - 1
-        ends, contexts, sequence, first, tables = np.split(narrow, np.cumsum(self._sizes(size))[:-1])
-        ends[:], ends[: count + 1], ends[-1] = tokens, batch.cu_seqlens, size
-        contexts[:count], contexts[-1] = batch.context_lens, size - tokens
-        counts = -(-batch.num_new // QUERY_TILE)
-        padded = len(sequence) - counts.sum()
-        sequence[:] = np.repeat([*range(count), SEQUENCES], [*counts, padded])
-        first[:] = np.concatenate([np.arange(n) * QUERY_TILE for n in (*counts, padded)])
-        tables.reshape(-1, self.blocks)[:count, : batch.block_tables.shape[1]] = batch.block_tables
-        return wide, narrow
 
-    def _compute(self, size: int, work: int) -> tuple[Tensor, Tensor]:
-        wide = self._wide[: 3 * size + 3 * SEQUENCES]
-        ids, positions, slots = wide[: 3 * size].view(3, size).unbind(0)
-        last, rows, newest = wide[3 * size :].view(3, SEQUENCES).unbind(0)
-        ends, contexts, sequence, first, tables = self._narrow[: sum(self._sizes(size))].split(self._sizes(size))
-        self.state.position[rows] = newest
-        runs = PromptRuns(ends, contexts, (sequence, first))
-        step = self.backend.step(positions, slots, tables.view(-1, self.blocks), 0, None, runs)
-        return self.body(ids, step, last, rows, work)
+def lay_out(batch: Batch, size: Size, nobody: int) -> np.ndarray:
+    """The buffer's contents, int64 [size.numbers]. nobody: the row of padding."""
+    numbers = np.zeros(size.numbers, np.int64)
+    n, tokens = batch.num_decodes, batch.num_tokens
+    count = len(batch.rows) - n
+    ids, positions, slots, rows, standing = np.split(numbers[: sum(size.wide)], np.cumsum(size.wide)[:-1])
+    ids[:tokens], positions[:tokens], slots[:tokens] = batch.input_ids, batch.positions, batch.slot_mapping
+    rows[:] = nobody
+    rows[:n], rows[size.decodes : size.decodes + count] = batch.rows[:n], batch.rows[n:]
+    standing[:n] = batch.positions[:n]
+    narrow = numbers[sum(size.wide) :].view(np.int32)
+    ends, contexts, run, first, _ = np.split(narrow, np.cumsum(size.narrow)[:-1])
+    ends[:], ends[: count + 1], ends[-1] = tokens, batch.cu_seqlens[n:], size.tokens
+    contexts[:count] = batch.context_lens[n:]
+    lengths = batch.num_new[n:]
+    tiles = -(-lengths // QUERY_TILE)
+    spare = len(run) - tiles.sum()  # the padding's, also those beyond its end
+    run[:] = np.repeat([*range(count), size.prompts], [*tiles, spare])
+    first[:] = np.concatenate([np.arange(k) * QUERY_TILE for k in (*tiles, spare)])
+    return numbers

@@ -59,7 +59,11 @@ class Runner:
     kv_cache: [layers, 2, num_blocks, G, block_size, D]. input_ids, positions, slot_mapping: int64 [max_tokens].
     last_token: int64 [rows], the newest token of each row; it is written by the sampler on the device and read by the next
     step there, so that decoding never waits for the host.
+
+    mixed_tokens: how many tokens a step with prompts should have where others decode in it; None: as many as are allowed.
     """
+
+    mixed_tokens: int | None = None
 
     def __init__(self, model: Decoder, rows: Rows, num_blocks: int, max_tokens: int, dtype: torch.dtype) -> None:
         c, device = model.config, model.device

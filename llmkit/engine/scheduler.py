@@ -2,6 +2,7 @@
 
 ONE budget of tokens a step, spent first on requests that decode (one token each), then on running prompts, then on waiting
 ones; a prompt may be cut into chunks, so prefill and decode share steps (continuous batching: Orca; chunked prefill: Sarathi).
+Where it is told a smaller budget for such steps, those who decode wait less, and more of them read the weights for nothing.
 When blocks run out, the request that came last gives its blocks back and is computed again later (preemption by recompute).
 The one that came first is never preempted for a later one, so it always ends: nobody starves.
 """
@@ -49,8 +50,12 @@ class Schedule:
 class Scheduler:
     """The queue of waiting requests, the running ones, and the one decision a step."""
 
-    def __init__(self, rows: Rows, pool: BlockPool, token_budget: int, chunk_limit: int = 0, by_priority: bool = False) -> None:
+    def __init__(
+        self, rows: Rows, pool: BlockPool, token_budget: int, chunk_limit: int = 0, by_priority: bool = False,
+        mixed_budget: int | None = None,
+    ) -> None:  # fmt: skip
         self.rows, self.pool = rows, pool
+        self.mixed_budget = mixed_budget or token_budget
         self.token_budget = self._full_budget = token_budget
         self.chunk_limit = chunk_limit or token_budget
         self.by_priority = by_priority
@@ -113,7 +118,7 @@ class Scheduler:
         rows, new = running
         if not result.preempted:  # who was just sent away must not be followed by somebody later
             self._promise(result, rows, new)
-            admitted = self._admit(result, self.token_budget - int(new.sum()))
+            admitted = self._admit(result, self._budget(int(np.count_nonzero(new == 1))) - int(new.sum()))
             if admitted:
                 rows = np.concatenate((rows, [r.row for r in result.admitted])).astype(np.int64)
                 new = np.concatenate((new, admitted)).astype(np.int32)
@@ -132,6 +137,11 @@ class Scheduler:
             self._introduce(result)
         return result
 
+    def _budget(self, decodes: int) -> int:
+        """Tokens of a step in which so many decode; however many they are, there is room for some prompt tokens."""
+        mixed = max(self.mixed_budget, decodes + max(1, self.mixed_budget // 2))
+        return min(self.token_budget, mixed) if decodes else self.token_budget
+
     def _schedule_running(self, result: Schedule, ahead: bool) -> tuple[np.ndarray, np.ndarray] | None:
         """Give running requests their tokens, those that decode first: (rows, new tokens of each). None as `schedule`."""
         requests = list(self.running)
@@ -141,7 +151,7 @@ class Scheduler:
         left = np.where(ends_now, 0, coming - self.rows.num_computed[rows])
         order = np.argsort(left > 1, kind="stable")
         want = np.minimum(left, self.chunk_limit)[order]
-        new = np.clip(self.token_budget - (np.cumsum(want) - want), 0, want)
+        new = np.clip(self._budget(int(np.count_nonzero(left == 1))) - (np.cumsum(want) - want), 0, want)
         missing = self.rows.missing_blocks(rows[order], new)
         if ahead and missing.clip(0).sum() > self.pool.num_free:
             return None

@@ -184,6 +184,7 @@ def _build(config: EngineConfig, model: Decoder, dtype: torch.dtype, used_before
         plan,
         dtype,
         token_budget=budget,
+        short_mixed=config.max_num_batched_tokens is None,
         chunk_limit=config.long_prefill_token_threshold,
         caching=config.enable_prefix_caching,
         by_priority=config.scheduling_policy == "priority",

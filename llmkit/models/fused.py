@@ -50,7 +50,7 @@ class FusedForward:
 
     def forward(self, input_ids: Tensor, step: TritonStep) -> Tensor:
         """As `Decoder.forward`."""
-        if step.num_decodes or len(input_ids) > _MOST_PROMPT_TOKENS:
+        if step.decodes or len(input_ids) > _MOST_PROMPT_TOKENS:
             return self.model.forward(input_ids, step)
         return self._layers(input_ids, None, step.prefill)
 

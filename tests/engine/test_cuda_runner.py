@@ -36,16 +36,17 @@ class Playback:
         self.results = body()  # as capturing does, so that kernels are compiled
 
     def replay(self) -> None:
-        for kept, new in zip(self.results, self.body()):
-            kept.copy_(new)
+        new = self.body()
+        for kept, it in zip(self.results, new) if isinstance(new, tuple) else [(self.results, new)]:
+            kept.copy_(it)
 
     def pool(self) -> None:
         return None
 
 
-def capture(body: Any, side: Any, pool: Any = None) -> tuple[Any, ...]:
+def capture(body: Any, side: Any, pool: Any = None) -> tuple[Any, Any]:
     graph = Playback(body)
-    return graph, *graph.results
+    return graph, graph.results
 
 
 class Arrived(cuda_runner.SampledTokens):
@@ -90,6 +91,7 @@ def on_the_gpu(monkeypatch):
     monkeypatch.setattr(cuda_runner, "_OnTheWay", Arrived)
     monkeypatch.setattr(decode_attention, "num_sms", lambda: 4)  # few programs: each is interpreted
     monkeypatch.setattr(prompt_graphs, "TOKENS", [4, 16, *prompt_graphs.TOKENS])
+    monkeypatch.setattr(prompt_graphs, "DECODES", [0, 4])
     for module in (graphs, prompt_graphs):
         monkeypatch.setattr(module, "capture", capture)
 
@@ -139,7 +141,6 @@ def test_what_the_device_draws_is_launched_ahead_and_graphs_are_kept_by_their_wo
     monkeypatch.setattr(runner, "can_chain", lambda batch, ask=runner.can_chain: ahead.append(ask(batch)) or ahead[-1])
     for work, params in ((Work.PENALISE, PENALISED), (Work.FILTER, WARM.clone(top_p=0.8)), (Work.DRAW, WARM)):
         said(gpu, params, PROMPTS[:1])
-        assert (4, work) in runner.prompts._graphs
         assert (1, work) in runner.graphs._graphs
     assert all(ahead), "each step brings a token to everybody"
     assert runner.graphs.capture_seconds.keys() == runner.graphs._graphs.keys()
@@ -174,6 +175,29 @@ def test_prompts_that_come_together_share_their_beginning(gpu, plain):
     prompts = [[5, 6] * 8 + tail for tail in ([1], [2, 3], [4] * 9)]
     assert said(gpu, GREEDY, prompts) == said(plain, GREEDY, prompts)
     assert gpu.stats()["prefix_cache_hits"] == 2 * 16
+
+
+def test_a_size_of_steps_with_prompts_is_captured_when_it_comes_again(gpu, plain):
+    """Prompts alone, and beside sequences that decode: the same tokens from the first, computed, and from replays."""
+    each = [GREEDY.clone(max_tokens=n) for n in (9, 2, 3, 2, 3, 4)]
+    prompts = [[5, 6, 7] * n for n in (1, 2, 4, 3, 1, 5)]
+    expected = said(plain, each, prompts)
+    graphs = {}
+    for _ in range(3):
+        gpu.reset_prefix_cache()
+        assert said(gpu, each, prompts) == expected
+        graphs = gpu._engine.runner.prompts._graphs
+    assert {size.decodes > 0 for size in graphs} == {False, True}
+
+
+def test_eager_steps_are_padded_like_graphs(on_the_gpu, folder, plain):
+    with load(folder, enforce_eager=True) as llm:
+        for _ in range(2):
+            assert said(llm, GREEDY) == said(plain, GREEDY)
+        runner = llm._engine.runner
+        assert runner.prompts._met
+        assert not runner.prompts._graphs
+        assert not runner.graphs._graphs
 
 
 def test_prompts_are_launched_while_the_tokens_before_are_on_their_way(on_the_gpu, folder, plain, monkeypatch):

@@ -135,13 +135,33 @@ def test_one_step_at_a_time_says_the_same(folder, prompts, expected):
 
 
 def test_small_prompts_alone_say_what_they_say_in_company(folder, prompts, expected):
-    """Alone, prompts of up to 512 tokens are replayed graphs."""
+    """Alone, prompts of up to 1,024 tokens are padded, and replayed graphs from the second of a size on."""
     with engine(folder) as llm, engine(folder, enforce_eager=True) as eager:
         alone = [tokens(llm, [p])[0] for p in prompts]
         assert agreement(alone, [tokens(eager, [p])[0] for p in prompts]) >= 0.75
         assert agreement(alone, expected) >= 0.75
         assert [a[0] for a in alone] == [e[0] for e in expected]
         assert llm._driver._started.engine.runner.prompts is not None  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("options", [{}, {"deterministic": True}], ids=["", "deterministic"])
+def test_steps_that_mix_prompts_and_decodes_say_the_same_computed_and_replayed(folder, prompts, options):
+    """More requests than rows: prompts come while others decode. Sizes that come again are captured."""
+    each = [SamplingParams(temperature=0, max_tokens=5 + 9 * i % 31, ignore_eos=True, detokenize=False) for i in range(21)]
+    options = {"max_num_seqs": 5, "enable_prefix_caching": False} | options
+
+    def said(llm: LLM) -> list[list[int]]:
+        return [o.outputs[0].token_ids for o in llm.generate(prompts * 3, each, use_tqdm=False)]
+
+    with engine(folder, **options) as llm, engine(folder, enforce_eager=True, **options) as eager:
+        first = said(llm)
+        assert said(llm) == said(llm) == first == said(eager)
+        graphs = llm._engine.runner.prompts._graphs  # type: ignore[attr-defined]
+        assert {size.decodes > 0 for size in graphs} == {True}
+        assert not eager._engine.runner.prompts._graphs  # type: ignore[attr-defined]
+        alone = [[o.outputs[0].token_ids for o in llm.generate([p], sp, use_tqdm=False)][0] for p, sp in zip(prompts * 3, each)]
+    same = [a == b for x, y in zip(alone, first) for a, b in zip(x, y)]
+    assert sum(same) / len(same) >= (1.0 if options.get("deterministic") else 0.75)
 
 
 def test_float32_in_plain_torch_nearly_agrees(folder, prompts, expected):

@@ -1,52 +1,75 @@
-"""The layout of small prompt steps, on Triton's interpreter: what a graph would replay is what the reference computes."""
+"""The layout of padded steps with prompts, on Triton's interpreter: what a graph would replay is what the reference computes."""
 
 from __future__ import annotations
 
+import dataclasses
 import types
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 pytest.importorskip("triton", reason="triton comes with torch's CUDA builds; without it there are no kernels to test")
 
+from llmkit.attention.fixed import FixedBackend
 from llmkit.attention.reference import ReferenceBackend
 from llmkit.attention.triton import TritonBackend
 from llmkit.engine.batch import Batch, build_batch
 from llmkit.engine.graphs import DeviceRows
-from llmkit.engine.prompt_graphs import SEQUENCES, TOKENS, PromptGraphs
+from llmkit.engine.prompt_graphs import DECODES, PROMPTS, TOKENS, PromptGraphs, size_of
 from llmkit.engine.request import Request
 from llmkit.engine.rows import Rows
 from llmkit.layers.rotary import RotaryEmbedding
 from llmkit.models.config import RopeConfig
 from llmkit.sampling_params import SamplingParams
 
-HEADS, KV_HEADS, DIM, SIZE, MAX_LEN, BLOCKS = 4, 2, 32, 16, 160, 50
+HEADS, KV_HEADS, DIM, SIZE, MAX_LEN, BLOCKS = 4, 2, 32, 16, 160, 90
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPE, CLOSE = (torch.bfloat16, 2e-2) if DEVICE.type == "cuda" else (torch.float32, 1e-5)
 
 
-def make(prompts: list[tuple[int, int, int]]) -> tuple[Rows, Batch]:
-    """Prompts of (tokens, of these computed, to compute now), in shuffled blocks."""
-    rows = Rows(6, MAX_LEN, SIZE)
+def make(sequences: list[tuple[int, int, int]], decodes: int) -> tuple[Rows, Batch]:
+    """Sequences of (tokens, of these computed, to compute now), the first ones decoding, in shuffled blocks and rows."""
+    rows = Rows(12, MAX_LEN, SIZE)
     free = np.random.default_rng(0).permutation(np.arange(1, BLOCKS)).tolist()
-    for total, computed, _ in prompts:
+    own: list[int] = []
+    for total, computed, _ in sequences:
         row = rows.take(Request("r", np.arange(total, dtype=np.int32), SamplingParams(), max_total=MAX_LEN))
         rows.num_computed[row] = computed
         rows.add_blocks(row, [free.pop() for _ in range(-(-total // SIZE))])
-    new = np.array([n for _, _, n in prompts], np.int32)
-    return rows, build_batch(rows, np.arange(len(prompts)), new, 0)
+        own.append(row)
+    new = np.array([n for _, _, n in sequences], np.int32)
+    return rows, build_batch(rows, np.array(own), new, decodes)
 
 
+def device_rows(rows: Rows) -> DeviceRows:
+    """As after the steps before: tables are there, and the newest tokens."""
+    state = DeviceRows(12, rows.block_table.shape[1], DEVICE)
+    state.update_tables(np.arange(12), rows.block_table)
+    state.last_token[:] = 5000 + torch.arange(13)
+    return state
+
+
+@pytest.mark.parametrize("backend", [TritonBackend, FixedBackend])
 @pytest.mark.parametrize(
-    "prompts",
-    [[(20, 0, 20)], [(150, 0, 150)], [(9, 0, 9), (60, 33, 27), (3, 1, 2)], [(80, 0, 40), (30, 0, 30), (5, 0, 5), (7, 0, 7)]],
-    ids=["one", "two tiles", "parts are cached", "one unfinished, as many as there may be"],
+    ("sequences", "decodes"),
+    [
+        ([(20, 0, 20)], 0),
+        ([(150, 0, 150)], 0),
+        ([(9, 0, 9), (60, 33, 27), (3, 1, 2)], 0),
+        ([(80, 0, 40), (30, 0, 30), (5, 0, 5), (7, 0, 7)], 0),
+        ([(n, 0, n) for n in (9, 20, 3, 40, 5)], 0),
+        ([(100, 99, 1), (1, 0, 1), (17, 16, 1), (30, 10, 20), (64, 0, 64)], 3),
+        ([(40, 39, 1)] * 9 + [(5, 0, 5)], 9),
+    ],
+    ids=["one", "two tiles", "parts are cached", "one unfinished", "more than four", "decodes among them", "nearly only decodes"],
 )
-def test_a_padded_step_attends_as_the_reference(prompts, monkeypatch):
-    rows, batch = make(prompts)
-    state = DeviceRows(6, rows.block_table.shape[1], DEVICE)
+def test_a_padded_step_attends_as_the_reference(sequences, decodes, backend, monkeypatch):
+    rows, batch = make(sequences, decodes)
+    state = device_rows(rows)
     cache = torch.randn(1, 2, BLOCKS, KV_HEADS, SIZE, DIM, device=DEVICE).to(DTYPE)
     rotary = RotaryEmbedding(RopeConfig(1e4, DIM, "default", {}, MAX_LEN), MAX_LEN, DTYPE, DEVICE)
     layer: Any = types.SimpleNamespace(layer=0, num_heads=HEADS, num_kv_heads=KV_HEADS, head_dim=DIM, q_norm=None, k_norm=None,
@@ -60,35 +83,53 @@ def test_a_padded_step_attends_as_the_reference(prompts, monkeypatch):
 
     seen: dict[str, Any] = {}
 
-    def body(ids, step, last, which, work):
+    def body(ids, step):
         padded = torch.cat((qkv, torch.full((len(ids) - len(qkv), qkv.shape[1]), 3.0, device=DEVICE, dtype=DTYPE)))
-        seen.update(ids=ids, last=last, rows=which, out=step.attend(layer, padded))
-        return last, last
+        out = torch.empty(len(ids), HEADS * DIM, device=DEVICE, dtype=DTYPE)
+        fixed = backend is FixedBackend
+        seen.update(ids=ids, out=step.attend_all(layer, padded.float()[None], out, None) if fixed else step.attend(layer, padded))
+        return seen["out"]
 
-    graphs = PromptGraphs(body, TritonBackend(cache, rotary, HEADS), state)
-    assert graphs.fits(batch)
-    size = next(t for t in TOKENS if t >= batch.num_tokens)
-    wide, narrow = graphs._lay_out(batch, size)
-    graphs._wide[: len(wide)].copy_(torch.from_numpy(wide))
-    graphs._narrow[: len(narrow)].copy_(torch.from_numpy(narrow))
+    graphs = PromptGraphs(body, backend(cache, rotary, HEADS), state, eager=True)
+    size = size_of(batch)
+    assert size is not None
+    assert size.decodes >= decodes
+    assert size.tokens >= batch.num_tokens
+    before = state.last_token.clone(), state.position.clone(), state.block_table.clone()
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *a, **options: empty(*a, **options).fill_(float("nan")))
-    graphs._compute(size, 0)
+    hidden = graphs.run(batch, size)
     monkeypatch.undo()
 
-    torch.testing.assert_close(seen["out"][: batch.num_tokens], expected, rtol=2e-2, atol=CLOSE)
+    torch.testing.assert_close(hidden, expected, rtol=2e-2, atol=CLOSE)
     torch.testing.assert_close(cache[:, :, 1:], plain[:, :, 1:], rtol=2e-2, atol=CLOSE)  # all but the padding block
     assert seen["out"].isfinite().all(), "the padding, too: its keys are written to a block that others read"
-    assert torch.equal(seen["ids"][: batch.num_tokens].cpu(), torch.from_numpy(batch.input_ids))
-    assert torch.equal(seen["last"][: len(prompts)].cpu(), torch.from_numpy(batch.cu_seqlens[1:] - 1))
-    finished = [total == computed + new for total, computed, new in prompts]
-    assert seen["rows"].tolist() == [i if done else 6 for i, done in enumerate(finished)] + [6] * (SEQUENCES - len(prompts))
-    assert state.position[:6].tolist() == [p[0] - 1 if i < len(prompts) and finished[i] else 0 for i, p in
-                                           enumerate(prompts + [(0, 0, 0)] * (6 - len(prompts)))]  # fmt: skip
+    ids = seen["ids"][: batch.num_tokens].cpu()
+    assert ids[:decodes].tolist() == [5000 + int(row) for row in batch.rows[:decodes]], "newest tokens, known on the device alone"
+    assert torch.equal(ids[decodes:], torch.from_numpy(batch.input_ids[decodes:]))
+    assert all(torch.equal(a, b) for a, b in zip(before, (state.last_token, state.position, state.block_table)))
 
 
-def test_long_steps_and_decodes_do_not_fit():
-    assert not PromptGraphs.fits(make([(150, 0, 150)] * 4)[1])  # 600 tokens
-    assert not PromptGraphs.fits(make([(5, 0, 5)] * (SEQUENCES + 1))[1])
-    rows, _ = make([(5, 4, 1)])
-    assert not PromptGraphs.fits(build_batch(rows, np.arange(1), np.ones(1, np.int32), 1))
+def test_decodes_alone_and_too_many_have_no_size():
+    assert size_of(make([(5, 4, 1)], 1)[1]) is None
+    assert size_of(make([(150, 0, 150)] * 7, 0)[1]) is None, "1,050 tokens"
+    many = dataclasses.replace(make([(5, 0, 5)] * 2, 0)[1], rows=np.arange(PROMPTS[-1] + 1))
+    assert size_of(many) is None
+
+
+@given(st.integers(0, 600), st.integers(1, 40), st.integers(1, 1100))
+def test_a_size_has_room_and_is_the_smallest(decodes, prompts, prompt_tokens):
+    one, _ = make([(5, 0, 5)], 0)
+    batch = dataclasses.replace(
+        build_batch(one, np.zeros(1, np.int64), np.ones(1, np.int32), 0), rows=np.zeros(decodes + prompts),
+        input_ids=np.zeros(decodes + max(prompts, prompt_tokens)), num_decodes=decodes,
+    )  # fmt: skip
+    size = size_of(batch)
+    if size is None:
+        assert batch.num_tokens > TOKENS[-1] or decodes > DECODES[-1] or prompts > PROMPTS[-1]
+        return
+    assert size.tokens >= max(size.decodes, batch.num_tokens)
+    assert size.decodes >= decodes
+    assert size.prompts >= prompts
+    smaller = [t for t in TOKENS if t < size.tokens]
+    assert not smaller or smaller[-1] < max(size.decodes, batch.num_tokens)

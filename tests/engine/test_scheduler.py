@@ -56,8 +56,8 @@ class ShadowRunner:
     of several tokens do not fit its memory, which is found out half-way.
     """
 
-    def __init__(self, rows: Rows, max_tokens: int, chains: bool) -> None:
-        self.max_tokens, self.chains = max_tokens, chains
+    def __init__(self, rows: Rows, max_tokens: int, chains: bool, mixed_tokens: int | None) -> None:
+        self.max_tokens, self.chains, self.mixed_tokens = max_tokens, chains, mixed_tokens
         self.cache: dict[int, bytes] = {}
         self.num_chained = self.num_mixed = self.failures = self.num_failed = 0
         self.attach(rows)
@@ -145,6 +145,7 @@ class House:
     caching: bool = True
     by_priority: bool = False
     chains: bool = False
+    mixed: int | None = None
     everybody: list[Request] = field(default_factory=list)
     num_copies: int = 0
     num_borrowers: int = 0
@@ -158,7 +159,7 @@ class House:
     def __post_init__(self) -> None:
         self.max_len = (self.num_blocks - 1) * self.block_size
         plan = MemoryPlan("cpu", 0, 0, 0, 0, 1, self.block_size, self.num_blocks, self.max_len, self.num_rows)
-        shadow = lambda model, rows, num_blocks, max_tokens, *rest: ShadowRunner(rows, max_tokens, self.chains)
+        shadow = lambda model, rows, num_blocks, max_tokens, *rest: ShadowRunner(rows, max_tokens, self.chains, self.mixed)
         with mock.patch("llmkit.engine.engine.create_runner", shadow):
             self.engine = Engine(mock.Mock(device=torch.device("cpu")), plan, torch.float32, token_budget=self.budget,
                                  chunk_limit=self.chunk_limit, caching=self.caching, by_priority=self.by_priority)  # fmt: skip
@@ -268,6 +269,7 @@ def houses(draw: st.DrawFn, **fixed: object) -> House:
         "caching": draw(st.booleans()),
         "by_priority": draw(st.booleans()),
         "chains": draw(st.booleans()),
+        "mixed": draw(st.sampled_from([None, 1, 2, 5])),
     }
     return House(**options | fixed)  # type: ignore[arg-type]
 
@@ -403,6 +405,21 @@ def test_decodes_go_on_while_a_long_prompt_is_chunked():
         if first.finished:
             break
         assert len(house.engine.rows.generated(first.row)) == before + 1
+
+
+def test_steps_are_shorter_while_somebody_decodes():
+    house = House(num_blocks=90, block_size=4, num_rows=4, budget=32, mixed=8)
+    house.add([1] * 50, 4)
+    first = house.engine.step()
+    assert first is not None
+    assert first.batch.num_tokens == 32, "nobody waits for it"
+    house.add([0] * 70, 4)
+    sizes = []
+    while (output := house.engine.step()) is not None:
+        sizes.append((output.batch.num_decodes, output.batch.num_tokens))
+    assert sizes[0] == (0, 32), "18 tokens of the first prompt, and 14 of the second"
+    assert all(tokens == 8 for decodes, tokens in sizes[1:4] if decodes == 1)
+    assert sum(tokens for _, tokens in sizes) == 50 + 70 - 32 + sum(len(r.generated) - 1 for r in house.everybody)
 
 
 def test_who_leaves_a_step_under_way_takes_nobody_elses_logprobs_along():
