@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +23,8 @@ from llmkit.engine.sampler import NO_TOKEN
 from llmkit.engine.scheduler import Schedule, Scheduler
 from llmkit.engine.shortage import Shortage
 from llmkit.models.decoder import Decoder
+
+_SHORT = 0.003  # seconds of a step
 
 
 @dataclass
@@ -75,7 +79,8 @@ class Engine:
         mixed = self.runner.mixed_tokens if short_mixed else None
         self._new_scheduler = lambda: Scheduler(self.rows, self.pool, token_budget, chunk_limit, by_priority, mixed)
         self.scheduler = self._new_scheduler()
-        self._flying: Flight | None = None
+        self._flights: deque[Flight] = deque()  # launched, in order
+        self._ended, self._pace = 0.0, math.inf  # when the last step's tokens were known, and seconds since the step before
         self._shortage = Shortage()
         self.num_steps = self.num_prompt_tokens = self.num_generated_tokens = self.num_step_tokens = 0
         self.steps_by_size = [0] * 32  # [i]: steps of at most 2^i tokens and more than half of that
@@ -99,23 +104,35 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work or self._flying is not None
+        return self.scheduler.has_work or bool(self._flights)
 
     # ---- the loop
 
     def step(self) -> StepOutput | None:
         """Finish one batch; None when there is nothing to do.
 
-        Where the device chooses tokens by itself, the batch after it is launched before this one's tokens are read, so that the
-        host's work costs no time. A request that turns out to have ended computes one token for nothing.
+        Where the device chooses tokens by itself, batches after it are launched before this one's tokens are read, so that the
+        host's work costs no time. A request that turns out to have ended computes a token or two for nothing.
         """
-        flight = self._flying or self._launch()
-        if flight is None:
-            return None
-        self._flying = self._launch(ahead=True) if self.runner.can_chain(flight.batch) else None
-        output = self._process(flight)
-        self._shortage.relieve(self)
+        if not self._flights:
+            flight = self._launch()
+            if flight is None:
+                return None
+            self._flights.append(flight)
+        self._launch_ahead()
+        output = self._process(self._flights.popleft())
+        if not self._flights:
+            self._shortage.relieve(self)
         return output
+
+    def _launch_ahead(self) -> None:
+        """One step after the next; two where steps are so short that the host, held up for a moment, would be late."""
+        depth = 2 if self._pace < _SHORT else 1
+        while len(self._flights) <= depth and not self._shortage.failed and self.runner.can_chain(self._flights[-1].batch):
+            flight = self._launch(ahead=True)
+            if flight is None:
+                return
+            self._flights.append(flight)
 
     def _launch(self, ahead: bool = False) -> Flight | None:
         """Schedule and run, without waiting for the tokens. ahead: nor for those of the step before."""
@@ -150,12 +167,20 @@ class Engine:
         # not those that were aborted, or ended by the token before, while this step was under way
         alive = np.flatnonzero([not r.finished for r in requests])
         rows, token_ids, requests = rows[alive], token_ids[alive], [requests[i] for i in alive]
-        if self._flying is not None:
-            self._flying.batch.learn(rows, token_ids)
+        self._tell(rows, token_ids)
         output = StepOutput(schedule, batch, requests, token_ids, embedded, result.pooled)
         self._keep_logprobs(output, result, alive)
         self._append(rows, token_ids, output)
         return output
+
+    def _tell(self, rows: np.ndarray, token_ids: np.ndarray) -> None:
+        """Whoever was launched ahead learns what it began with: each token the first step that computes it."""
+        now = time.perf_counter()
+        self._ended, self._pace = now, now - self._ended
+        for flight in self._flights:
+            left = ~np.isin(rows, flight.batch.rows)
+            flight.batch.learn(rows, token_ids)
+            rows, token_ids = rows[left], token_ids[left]
 
     def _keep_embeddings(self, result: StepResult) -> list[Request]:
         """The requests that end with their vector."""
@@ -233,7 +258,7 @@ class Engine:
         """After a step broke in the middle: end everything and start from an empty cache, so that the next call works."""
         for request in self.scheduler.unfinished():
             request.status, request.finish_reason = Status.FINISHED, "abort"
-        self._flying = None
+        self._flights.clear()
         self.rows, self.pool = self._new_rows(), self._new_pool()
         self.scheduler = self._new_scheduler()
         self.runner.attach(self.rows)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from llmkit_kernels.prefill_attention import QUERY_TILE
+from llmkit_kernels.prefill_attention import QUERY_TILE, query_tiles
 from torch import Tensor
 
 from llmkit.attention.triton import PromptRuns, TritonBackend, TritonStep
@@ -134,9 +134,8 @@ def lay_out(batch: Batch, size: Size, nobody: int) -> np.ndarray:
     ends, contexts, run, first, _ = np.split(narrow, np.cumsum(size.narrow)[:-1])
     ends[:], ends[: count + 1], ends[-1] = tokens, batch.cu_seqlens[n:], size.tokens
     contexts[:count] = batch.context_lens[n:]
-    lengths = batch.num_new[n:]
-    tiles = -(-lengths // QUERY_TILE)
-    spare = len(run) - tiles.sum()  # the padding's, also those beyond its end
-    run[:] = np.repeat([*range(count), size.prompts], [*tiles, spare])
-    first[:] = np.concatenate([np.arange(k) * QUERY_TILE for k in (*tiles, spare)])
+    tiles = query_tiles(batch.num_new[n:])
+    real = tiles.shape[1]
+    run[:real], first[:real] = tiles
+    run[real:], first[real:] = size.prompts, np.arange(len(run) - real) * QUERY_TILE  # the padding's, also those beyond its end
     return numbers

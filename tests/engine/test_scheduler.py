@@ -7,7 +7,7 @@ chunked before. The next token is a function of the prefix, so an answer must eq
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
@@ -19,8 +19,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llmkit.engine.batch import Batch
-from llmkit.engine.engine import Engine
+from llmkit.engine.batch import Batch, build_batch
+from llmkit.engine.engine import Engine, Flight
 from llmkit.engine.kv_cache import NULL_BLOCK
 from llmkit.engine.memory import MemoryPlan
 from llmkit.engine.request import Request, Status
@@ -149,7 +149,7 @@ class House:
     everybody: list[Request] = field(default_factory=list)
     num_copies: int = 0
     num_borrowers: int = 0
-    first_before: Request | None = None
+    before: deque[tuple[Request | None, bool]] = field(default_factory=lambda: deque([(None, False)] * 2, 2))
 
     @property
     def runner(self) -> ShadowRunner:
@@ -195,11 +195,12 @@ class House:
             self.num_copies += len(output.schedule.copies)
             self.num_borrowers += len(output.schedule.borrowers)
             roomy &= self.engine.scheduler.token_budget == self.budget
-            settled = first is self.first_before or not self.chains  # else the step was planned when another was the first
+            # a step that was launched ahead was planned up to two steps before, when another may have been the first
+            settled = all(then is first and had_room for then, had_room in self.before) or not self.chains
             if first_ran and roomy and settled and first is not None:
                 assert first not in output.schedule.preempted
                 assert first.row in output.batch.rows or first.finished, "the one that came first did not go on"
-        self.first_before = first
+        self.before.append((first, roomy))
         self.check_books()
 
     def check_books(self) -> None:
@@ -480,3 +481,30 @@ def test_a_chained_engine_says_the_same_and_does_chain():
     house.check_answers(set())
     assert house.runner.num_chained > 3
     assert house.runner.num_mixed > 0
+
+
+@pytest.mark.parametrize(("short", "under_way"), [(1e9, 2), (0.0, 1)])
+def test_two_steps_are_under_way_where_they_are_short(short, under_way):
+    house = House(num_blocks=60, block_size=4, num_rows=3, budget=16, chains=True)
+    with mock.patch("llmkit.engine.engine._SHORT", short):
+        for start in range(3):
+            house.add([0] * 10 + [start], 12)
+        seen = []
+        while house.engine.has_work:
+            house.step()
+            seen.append((len(house.engine._flights), house.engine.rows.num_pending.max()))
+    house.check_answers(set())
+    assert max(seen) == (under_way, under_way)
+
+
+def test_each_step_under_way_learns_what_it_began_with():
+    """A row's token goes to the first step that computes it, which need not be the next one."""
+    house = House(num_blocks=20, block_size=4, num_rows=3, budget=8, chains=True)
+    batches = []
+    for chosen in ([0, 1], [1, 2]):
+        batch = build_batch(house.engine.rows, np.array(chosen), np.ones(2, np.int32), 2)
+        batch.input_ids[:] = -1
+        house.engine._flights.append(Flight(mock.Mock(), batch, [], mock.Mock()))
+        batches.append(batch)
+    house.engine._tell(np.array([2, 0, 1]), np.array([52, 50, 51]))
+    assert [b.input_ids.tolist() for b in batches] == [[50, 51], [-1, 52]]
