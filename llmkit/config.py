@@ -45,7 +45,7 @@ class EngineConfig:
     device: str = option("auto", "where to run", ("auto", "cpu", "cuda", "mps"))
     enable_prefix_caching: bool = option(True, "reuse KV blocks of equal prompt beginnings")
     max_num_seqs: int | None = option(None, "most requests in one step", at_least=1)
-    max_num_batched_tokens: int | None = option(None, "token budget of one step", at_least=1)
+    max_num_batched_tokens: int | None = option(None, "token budget of one step; default: less beside decodes (GPU)", at_least=1)
     long_prefill_token_threshold: int = option(0, "most prompt tokens of one request in one step; 0 = the budget", at_least=0)
     scheduling_policy: str = option("fcfs", "order of waiting requests", ("fcfs", "priority"))
     load_format: str = option("auto", "where weights come from; dummy = random", ("auto", "safetensors", "gguf", "dummy"))

@@ -1,14 +1,19 @@
-"""What every kernel's launch shares: programmatic dependent launch, and what this GPU has."""
+"""What every kernel's launch shares: programmatic dependent launch, what this GPU has, and compiling before the first one."""
 
 from __future__ import annotations
 
 import functools
 import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -72,3 +77,24 @@ def stages_that_fit(wanted: int, stage: int) -> int:
 def descriptor(x: Tensor, rows: int, columns: int) -> object:
     """A TMA descriptor of tiles [rows, columns] of x [N, K]."""
     return TensorDescriptor(x, x.shape, x.stride(), [rows, columns])
+
+
+def compile_ahead(body: Callable[[], object]) -> None:
+    """Compile the kernels that `body` launches, side by side, and launch none: what torch computes in it means nothing.
+
+    One after the other, as they are first launched, the kernels of a step take seconds. What does not compile says so when it is
+    launched in earnest.
+    """
+    if INTERPRETED:
+        return
+    run, mine = JITFunction.run, threading.get_ident()
+
+    def compile_or_run(self: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        return run(self, *args, grid=grid, warmup=warmup or threading.get_ident() == mine, **options)
+
+    JITFunction.run = compile_or_run
+    try:
+        with ThreadPoolExecutor(os.cpu_count()) as threads, triton.AsyncCompileMode(threads, ignore_errors=True):
+            body()
+    finally:
+        JITFunction.run = run

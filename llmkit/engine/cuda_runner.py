@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
+from llmkit_kernels.launch import compile_ahead
 from torch import Tensor
 
 from llmkit.attention.fixed import FixedBackend
@@ -55,19 +58,20 @@ class CudaRunner(Runner):
     ) -> None:
         self.enforce_eager = enforce_eager
         super().__init__(model, rows, num_blocks, max_tokens, dtype)
-        assert isinstance(self.backend, TritonBackend)  # or `create_runner` would have made a plain one
         self.passes = self.fused = FixedForward(model) if isinstance(self.backend, FixedBackend) else FusedForward(model)
-        self.decoding = self.backend
         self._replays_prompts = not isinstance(self.backend, FlashBackend)  # which computes prompts itself
 
     def attach(self, rows: Rows) -> None:
         super().attach(rows)
-        count = len(rows.requests)
+        backend, count = self.backend, len(rows.requests)
+        assert isinstance(backend, TritonBackend)  # or `create_runner` would have made a plain runner
+        self.decoding = backend
         self.state = DeviceRows(count, rows.block_table.shape[1], self.device)
         self.last_token = self.state.last_token
         self.drawing = Drawing(self.state, rows, self.sampling)
-        self.graphs = DecodeGraphs(self._decode, self.state, count, self.enforce_eager)
-        self.prompts: PromptGraphs | None = None  # made when first needed: `attach` comes before the back end is known
+        self.graphs = DecodeGraphs(self._decode, self.state, count, self.enforce_eager, self._compile)
+        self.prompts = PromptGraphs(lambda ids, step: self.fused.forward(ids, step), backend, self.state, self.enforce_eager)
+        self._compiled: set[prompt_graphs.Size | None] = set()  # sizes of steps with prompts; None: larger ones
 
     @property
     def mixed_tokens(self) -> int | None:
@@ -90,11 +94,24 @@ class CudaRunner(Runner):
     def _forward(self, batch: Batch) -> Tensor:
         """As `Runner._forward`."""
         size = prompt_graphs.size_of(batch) if self._replays_prompts else None
-        if size is None:
-            return super()._forward(batch)
-        self._send_tables()
-        self.prompts = self.prompts or PromptGraphs(self.fused.forward, self.decoding, self.state, self.enforce_eager)
-        return self.prompts.run(batch, size)
+        if size:
+            self._send_tables()
+            self.prompts.load(batch, size)
+        if size not in self._compiled:
+            self._compiled.add(size)
+            self._compile(lambda: self._use_kernels(batch, size))
+        return self.prompts.run(size)[: batch.num_tokens] if size else super()._forward(batch)
+
+    def _use_kernels(self, batch: Batch, size: prompt_graphs.Size | None) -> None:
+        """All that a step with prompts uses, of which nothing is kept."""
+        hidden = self.prompts.compute(size) if size else super()._forward(batch)
+        if count := len(batch.sampled):
+            nobody = torch.full((count,), self.state.num_rows, device=self.device)
+            self.drawing.draw(self.fused.logits(hidden[:count]), nobody, self.drawing.work(batch.rows[batch.sampled]))
+
+    def _compile(self, body: Callable[[], object]) -> None:
+        with self.fused.one_layer_of_each_kind():
+            compile_ahead(body)
 
     def _load_rows(self, schedule: Schedule) -> None:
         super()._load_rows(schedule)

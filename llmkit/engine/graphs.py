@@ -64,12 +64,14 @@ class DecodeGraphs:
 
     body: (rows int64 [B], work) -> (token ids int64 [B], logits fp32 [B, vocabulary]); reads and advances the device rows.
     work: a number that says how tokens are drawn; a graph is good for one. capture_seconds: what capturing each graph took.
+    compile: prepares for a body that will run.
     """
 
     def __init__(
-        self, body: Callable[[Tensor, Any], tuple[Tensor, Tensor]], state: DeviceRows, max_size: int, eager: bool
-    ) -> None:
-        self.body, self.state, self.eager = body, state, eager
+        self, body: Callable[[Tensor, Any], tuple[Tensor, Tensor]], state: DeviceRows, max_size: int, eager: bool,
+        compile: Callable[[Callable[[], object]], None],
+    ) -> None:  # fmt: skip
+        self.body, self.state, self.eager, self.compile = body, state, eager, compile
         self.sizes = [s for s in SIZES if s < max_size] + [max_size]
         self.rows = torch.full((max_size,), state.num_rows, dtype=torch.int64, device=state.position.device)
         self._graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, tuple[Tensor, Tensor]]] = {}
@@ -102,6 +104,7 @@ class DecodeGraphs:
         begin = time.perf_counter()
         keep = self.rows[:size].clone()
         self.rows[:size] = self.state.num_rows
+        self.compile(lambda: self.body(self.rows[:size], work))
         captured = capture(lambda: self.body(self.rows[:size], work), self.state.side, self._pool)
         self._pool = self._pool or captured[0].pool()
         self.rows[:size] = keep

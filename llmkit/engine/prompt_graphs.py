@@ -89,13 +89,12 @@ class PromptGraphs:
         largest = Size(TOKENS[-1], DECODES[-1], PROMPTS[-1])
         self._numbers = torch.zeros(largest.numbers, dtype=torch.int64, device=state.position.device)
 
-    def run(self, batch: Batch, size: Size) -> Tensor:
-        """Hidden states [num_tokens, hidden] of a step that fits `size`; the next step overwrites them. Decodes' tokens and
-        everybody's block tables are read from the device rows."""
+    def load(self, batch: Batch, size: Size) -> None:
+        """Send what a step that fits `size` differs in; decodes' tokens and everybody's block tables are in the device rows."""
         fill(self._numbers[: size.numbers], lay_out(batch, size, self.state.num_rows))
-        return self._computed(size)[: batch.num_tokens]
 
-    def _computed(self, size: Size) -> Tensor:
+    def run(self, size: Size) -> Tensor:
+        """The step that was loaded: hidden states [size.tokens, hidden]; the next step overwrites them."""
         if size not in self._graphs:
             if self.eager or size not in self._met:
                 self._met.add(size)
@@ -107,7 +106,7 @@ class PromptGraphs:
         return hidden
 
     def compute(self, size: Size) -> Tensor:
-        """The step that lies in the buffer: hidden states [size.tokens, hidden]."""
+        """As `run`, launched kernel by kernel."""
         wide, narrow = self._numbers[: size.numbers].split([sum(size.wide), sum(size.narrow) // 2])
         ids, positions, slots, rows, standing = wide.split(size.wide)
         ends, contexts, run, first, _ = narrow.view(torch.int32).split(size.narrow)

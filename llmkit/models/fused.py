@@ -9,7 +9,8 @@ begins while the one before it ends, which is why a short prompt, too, is quicke
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +44,19 @@ class FusedForward:
         """Whether the decoder has the shape of these kernels: whole heads rotated, gate/up in pairs, biases only in q/k/v."""
         c = model.config
         return not (c.o_bias or c.mlp_bias) and model.layers[0].mlp.pairs and fits_kernels(c.head_dim, model.rotary)
+
+    @contextmanager
+    def one_layer_of_each_kind(self) -> Iterator[None]:
+        """In this block passes go through so few layers: they mean nothing, but use every kernel."""
+        mine, all_of_them = self.layers, self.model.layers
+        firsts: dict[tuple[int | None, bool], int] = {}
+        for i, layer in enumerate(all_of_them):
+            firsts.setdefault((layer.attention.window, layer.attention.rotary), i)
+        self.layers, self.model.layers = [mine[i] for i in firsts.values()], [all_of_them[i] for i in firsts.values()]
+        try:
+            yield
+        finally:
+            self.layers, self.model.layers = mine, all_of_them
 
     def decode(self, tokens: Tensor, rows: Tensor, step: TritonStep) -> Tensor:
         """tokens int64 [R], the newest of each row; rows int64 [B], those that take part -> logits fp32 [B, vocabulary]."""

@@ -190,6 +190,24 @@ def test_a_size_of_steps_with_prompts_is_captured_when_it_comes_again(gpu, plain
     assert {size.decodes > 0 for size in graphs} == {False, True}
 
 
+def test_a_rehearsal_for_the_compiler_leaves_nothing_behind(gpu, plain, monkeypatch):
+    """Even if kernels were launched in it, which they are not. It goes through one layer of each kind."""
+    rehearsals, fused = [], gpu._engine.runner.fused
+
+    def rehearse(body):
+        rehearsals.append((len(fused.layers), len(fused.model.layers)))
+        body()
+
+    monkeypatch.setattr(cuda_runner, "compile_ahead", rehearse)
+    each = [PENALISED.clone(max_tokens=n, temperature=t, seed=2, top_k=k) for n, t, k in ((5, 0, 0), (2, 0.9, 1), (4, 0.9, 1))]
+    prompts = [[5, 6, 7] * n for n in (1, 2, 14)]
+    expected = said(plain, [p.clone(temperature=0, top_k=0) for p in each], prompts)
+    assert said(gpu, each, prompts) == expected
+    assert len(rehearsals) >= 3, "prompts alone, decodes alone, of more sizes than one"
+    assert set(rehearsals) == {(1, 1)}
+    assert (len(fused.layers), len(fused.model.layers)) == (2, 2)
+
+
 def test_eager_steps_are_padded_like_graphs(on_the_gpu, folder, plain):
     with load(folder, enforce_eager=True) as llm:
         for _ in range(2):

@@ -141,7 +141,7 @@ def test_small_prompts_alone_say_what_they_say_in_company(folder, prompts, expec
         assert agreement(alone, [tokens(eager, [p])[0] for p in prompts]) >= 0.75
         assert agreement(alone, expected) >= 0.75
         assert [a[0] for a in alone] == [e[0] for e in expected]
-        assert llm._driver._started.engine.runner.prompts is not None  # type: ignore[union-attr]
+        assert llm._driver._started.engine.runner.prompts._met  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("options", [{}, {"deterministic": True}], ids=["", "deterministic"])

@@ -123,9 +123,20 @@ def choosing() -> None:
     penalties.count(rows, rows, before, 4)
 
 
+def compiled_ahead() -> dict[str, list[bool]]:
+    """Each kernel of a few that `compile_ahead` has seen -> whether it was compiled, before and after: by their caches."""
+    seen = {"norm": norm._add_rms_norm, "silu": activation._silu_mul_pairs, "embed": norm._embed_rms_norm}
+    caches = lambda: {name: bool(kernel.device_caches[0][0]) for name, kernel in seen.items()}
+    before = caches()
+    launch.compile_ahead(others)
+    return {name: [before[name], after] for name, after in caches().items()}
+
+
 if __name__ == "__main__":
     shared: dict[str, int] = {}
+    driver.set_active(Absent())
+    ahead = compiled_ahead()
     pretend(shared)
     for family in (products, attention, others, choosing):
         family()
-    print(json.dumps(shared))
+    print(json.dumps({"shared": shared, "ahead": ahead}))

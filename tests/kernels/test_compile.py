@@ -42,9 +42,11 @@ def compilers(tmp_path_factory):
 def test_compiles_and_fits(compilers, architecture):
     said, complaints = compilers[architecture].communicate(timeout=300)
     assert compilers[architecture].returncode == 0, complaints[-3000:]
-    shared = json.loads(said.splitlines()[-1])
+    told = json.loads(said.splitlines()[-1])
+    shared = told["shared"]
     assert shared.keys() == KERNELS
     assert {name: size for name, size in shared.items() if size > LIMITS[architecture]} == {}
+    assert set(map(tuple, told["ahead"].values())) == {(False, True)}, "compiled ahead, and not launched: there is no GPU"
 
 
 def test_on_a_hopper_every_planned_tile_is_taken_as_it_is(monkeypatch):
