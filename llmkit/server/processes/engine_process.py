@@ -29,6 +29,7 @@ from llmkit.errors import EngineUnavailableError, InvalidRequestError, LlmkitErr
 from llmkit.outputs import Logprob
 from llmkit.sampling_params import SamplingParams, StructuredOutputs
 from llmkit.server.processes.child import SAY_WHERE
+from llmkit.server.processes.garbage import spare_what_is_there
 from llmkit.server.processes.lifeline import when_stdin_closes
 from llmkit.server.processes.pulse import Pulse
 from llmkit.server.processes.wire import (
@@ -367,6 +368,7 @@ def _start_and_run(control: Channel, begin: float) -> None:
         traceback.print_exc()
         control.send(Failed("EngineError", f"the engine could not start: {type(e).__name__}: {e}", "the log has its traceback"))
         sys.exit(1)
+    spare_what_is_there()
     server.run()
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from llmkit.server.processes.far_shelf import FarShelf
 from llmkit.server.processes.front import HttpFront, log_to_stderr
+from llmkit.server.processes.garbage import spare_what_is_there
 from llmkit.server.processes.lifeline import when_stdin_closes
 from llmkit.server.processes.post import post
 from llmkit.server.processes.serve_options import Plan
@@ -72,6 +73,7 @@ class FrontServer:
         await front.read_tokenizer(home)
         await front.up.wait()
         post(self._channel, FrontUp())
+        spare_what_is_there()
 
     def _do(self, work: Any, then_end: bool = False) -> None:
         """Begin a task. One that fails ends this process: its launcher starts another."""
