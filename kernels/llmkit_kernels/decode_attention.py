@@ -182,9 +182,10 @@ def _decode_part(
         v1 = v1.to(DTYPE)
         block = tl.load(table + position // BLOCK_SIZE).to(tl.int64)
         row = ((block * G + g) * BLOCK_SIZE + position % BLOCK_SIZE) * D
-        tl.store(k_cache + row + halves[None, :], ka1)
-        tl.store(k_cache + row + D // 2 + halves[None, :], kb1)
-        tl.store(v_cache + row + dims, v1)
+        if block > 0:  # the padding block stays as it is: others read it, and a NaN there would reach them, masked or not
+            tl.store(k_cache + row + halves[None, :], ka1)
+            tl.store(k_cache + row + D // 2 + halves[None, :], kb1)
+            tl.store(v_cache + row + dims, v1)
         score = tl.sum(qa.to(tl.float32) * ka1.to(tl.float32), axis=1) + tl.sum(qb.to(tl.float32) * kb1.to(tl.float32), axis=1)
         score = log2_scores(score, scale, CAP)
         new_high = tl.maximum(high, score)
@@ -294,7 +295,8 @@ def fused_decode(
     qkv: fp32 partial products [S, M, (H+2G)·D], or [M, (H+2G)·D]. bias: [(H+2G)·D]. norms: q and k norm weights [D], eps.
     tables: cos and sin [positions, D], sin's first half negated as in `RotaryEmbedding`; None: no rotation. rows: int64 [M],
     which row of block_tables int32 [R, blocks] and positions int64 [R] a sequence has; None: sequence i has row i. positions:
-    where the new token stands; its key and value are written to the cache here. out: [M, H·D]. soft_cap: see `log2_scores`.
+    where the new token stands; its key and value are written to the cache here, but never to block 0, which is padding. out:
+    [M, H·D]. soft_cap: see `log2_scores`.
     Reference: sum, add, `rms_norm`, `rotate`, `write_kv`, `paged_attention`.
     """
     in_splits = qkv.shape[0] if qkv.dim() == 3 else 1

@@ -38,11 +38,13 @@ def _rope_cache(
     slot = tl.load(slots + token)
     place = (slot // BLOCK_SIZE * G * BLOCK_SIZE + slot % BLOCK_SIZE) * D  # of key head 0
     source, real = qkv + token * qkv_stride, heads < H + G
+    # the padding block stays as it is: others read it, and a NaN there would reach them, masked or not
+    kept = tl.where(slot >= BLOCK_SIZE, G, 0)  # heads whose key and value are stored
     begin(PDL)
     a = _finished(source, bias, heads * D + halves, real, part_stride, DTYPE, SPLITS, BIAS).to(tl.float32)
     b = _finished(source, bias, heads * D + D // 2 + halves, real, part_stride, DTYPE, SPLITS, BIAS).to(tl.float32)
     v = _finished(source, bias, (H + G + values) * D + dims, values < G, part_stride, DTYPE, SPLITS, BIAS)
-    tl.store(v_cache + place + values * BLOCK_SIZE * D + dims, v, mask=values < G)
+    tl.store(v_cache + place + values * BLOCK_SIZE * D + dims, v, mask=values < kept)
     if NORM:
         scale = tl.rsqrt((tl.sum(a * a, axis=1) + tl.sum(b * b, axis=1)) / D + eps)[:, None]
         low = tl.where(heads < H, tl.load(q_norm + halves), tl.load(k_norm + halves)).to(tl.float32)
@@ -57,7 +59,7 @@ def _rope_cache(
     query = q_out + token * out_stride + heads * D
     tl.store(query + halves, a, mask=heads < H)
     tl.store(query + D // 2 + halves, b, mask=heads < H)
-    key, is_key = k_cache + place + (heads - H) * BLOCK_SIZE * D, (heads >= H) & real
+    key, is_key = k_cache + place + (heads - H) * BLOCK_SIZE * D, (heads >= H) & (heads < H + kept)
     tl.store(key + halves, a, mask=is_key)
     tl.store(key + D // 2 + halves, b, mask=is_key)
 
@@ -72,7 +74,8 @@ def rope_cache(
     v_cache: Tensor,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """Norm and rotate q and k of qkv, store k and v at `slots` int64 [T]; returns q [T, H, D].
+    """Norm and rotate q and k of qkv, store k and v at `slots` int64 [T], those of block 0 excepted, which is padding; returns q
+    [T, H, D].
 
     qkv: [T, H+2G, D], q is rotated in place; or fp32 partial products [S, T, H+2G, D], which are summed first, in order, and q
     is a tensor of its own. bias: [(H+2G)·D], still to be added. norms: q and k norm weights [D] and eps, or None. tables: cos and

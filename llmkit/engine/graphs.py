@@ -24,7 +24,7 @@ SIZES = [1, 2, 4, 8, 12, 16, 24, 32, 40, 48, 56, 64, *range(80, 257, 16), *range
 
 
 class DeviceRows:
-    """State of the running requests on the device. Row `num_rows` belongs to nobody: padding computes there, into block 0.
+    """State of the running requests on the device. Row `num_rows` belongs to nobody: padding computes there.
 
     last_token, position (where that token stands), seed: int64. temperature: fp32, 0 = greedy. block_table: int32 [rows, blocks].
     """

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-NULL_BLOCK = 0  # never handed out: where padding reads and writes
+NULL_BLOCK = 0  # never handed out and always zero: what padding reads
 
 
 class BlockPool:

@@ -236,16 +236,25 @@ def test_prompts_are_launched_while_the_tokens_before_are_on_their_way(on_the_gp
 
 
 @pytest.mark.parametrize("kernels", [True, False], ids=["kernels", "torch"])
-def test_numbers_that_broke_are_not_left_to_others(request, folder, plain, kernels):
+@pytest.mark.parametrize("budget", [None, 16], ids=["", "in chunks, beside who decodes"])
+def test_numbers_that_broke_are_not_left_to_others(request, folder, plain, kernels, budget, monkeypatch):
     expected, broken = said(plain, GREEDY), [99] * 30
     if kernels:
         request.getfixturevalue("on_the_gpu")
-    with load(folder) as llm:
-        embedding = llm._engine.model.embedding
+    with load(folder, max_num_batched_tokens=budget) as llm:
+        runner, embedding = llm._engine.runner, llm._engine.model.embedding
+        run = runner.run
+
+        def checked(*args):
+            result = run(*args)
+            assert not runner.kv_cache[:, :, 0].any(), "everybody reads the padding block"
+            return result
+
+        monkeypatch.setattr(runner, "run", checked)
         embedding.weight = embedding.weight.clone()  # dummy weights are tied: lm_head keeps its own
         embedding.weight[99] = float("nan")
-        outputs = llm.generate([broken, PROMPTS[0]], GREEDY, use_tqdm=False)
-        assert [o.outputs[0].finish_reason for o in outputs] == ["error", "length"]
-        assert outputs[1].outputs[0].token_ids == expected[0]
+        outputs = llm.generate([PROMPTS[0], broken, PROMPTS[2]], [GREEDY.clone(max_tokens=n) for n in (3, 2, 1)], use_tqdm=False)
+        assert [o.outputs[0].finish_reason for o in outputs] == ["length", "error", "length"]
+        assert [outputs[i].outputs[0].token_ids for i in (0, 2)] == [expected[0], expected[2][:1]]
         assert llm._engine.runner.kv_cache.isfinite().all()
         assert llm.stats()["kv_blocks_cached"] == 0, "nor found again"

@@ -109,6 +109,21 @@ def test_fused_decode(heads: int, kv_heads: int, dim: int, size: int, cut: tuple
     assert not scratch.arrivals.any()
 
 
+def test_padding_writes_nothing_into_the_block_that_others_read() -> None:
+    """Whatever it computes, even NaN: masked, a NaN is still a NaN."""
+    heads, kv_heads, dim, size, batch = 4, 2, 32, 16, 3
+    k_cache, v_cache, _ = cache_of([20], kv_heads, dim, size)
+    before = k_cache.clone(), v_cache.clone()
+    qkv, where = poisoned(batch, (heads + 2 * kv_heads) * dim), torch.zeros(batch, dtype=torch.int64, device=DEVICE)
+    scratch = decode_attention.DecodeScratch(batch, heads, kv_heads, dim, DEVICE)
+    tables = torch.zeros(batch, 2, dtype=torch.int32, device=DEVICE)
+    decode_attention.fused_decode(qkv, None, None, rotary(8, dim), k_cache, v_cache, tables, where, None, dim**-0.5, None,
+                                  scratch, poisoned(batch, heads * dim))  # fmt: skip
+    rope_cache.rope_cache(qkv.view(batch, -1, dim), None, rotary(8, dim), where, where + 5, k_cache, v_cache)
+    assert torch.equal(k_cache, before[0])
+    assert torch.equal(v_cache, before[1])
+
+
 @pytest.mark.parametrize(("heads", "kv_heads", "dim", "size"), [(4, 2, 32, 16), (3, 1, 64, 64)])
 @pytest.mark.parametrize("options", ["plain", "norm", "window"])
 def test_prefill_of_ragged_chunks(heads: int, kv_heads: int, dim: int, size: int, options: str) -> None:
