@@ -16,6 +16,7 @@ from torch import Tensor
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+_compiling = threading.Lock()
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -87,14 +88,15 @@ def compile_ahead(body: Callable[[], object]) -> None:
     """
     if INTERPRETED:
         return
-    run, mine = JITFunction.run, threading.get_ident()
+    with _compiling:  # the class is changed for a while: by one thread at a time, lest the change be kept
+        run, mine = JITFunction.run, threading.get_ident()
 
-    def compile_or_run(self: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
-        return run(self, *args, grid=grid, warmup=warmup or threading.get_ident() == mine, **options)
+        def compile_or_run(self: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+            return run(self, *args, grid=grid, warmup=warmup or threading.get_ident() == mine, **options)
 
-    JITFunction.run = compile_or_run
-    try:
-        with ThreadPoolExecutor(os.cpu_count()) as threads, triton.AsyncCompileMode(threads, ignore_errors=True):
-            body()
-    finally:
-        JITFunction.run = run
+        JITFunction.run = compile_or_run
+        try:
+            with ThreadPoolExecutor(os.cpu_count()) as threads, triton.AsyncCompileMode(threads, ignore_errors=True):
+                body()
+        finally:
+            JITFunction.run = run

@@ -126,9 +126,11 @@ def choosing() -> None:
 def compiled_ahead() -> dict[str, list[bool]]:
     """Each kernel of a few that `compile_ahead` has seen -> whether it was compiled, before and after: by their caches."""
     seen = {"norm": norm._add_rms_norm, "silu": activation._silu_mul_pairs, "embed": norm._embed_rms_norm}
+    run = launch.JITFunction.run
     caches = lambda: {name: bool(kernel.device_caches[0][0]) for name, kernel in seen.items()}
     before = caches()
     launch.compile_ahead(others)
+    assert launch.JITFunction.run is run, "as it was"
     return {name: [before[name], after] for name, after in caches().items()}
 
 
