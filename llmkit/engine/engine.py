@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -23,8 +22,6 @@ from llmkit.engine.sampler import NO_TOKEN
 from llmkit.engine.scheduler import Schedule, Scheduler
 from llmkit.engine.shortage import Shortage
 from llmkit.models.decoder import Decoder
-
-_SHORT = 0.003  # seconds of a step
 
 
 @dataclass
@@ -80,7 +77,6 @@ class Engine:
         self._new_scheduler = lambda: Scheduler(self.rows, self.pool, token_budget, chunk_limit, by_priority, mixed)
         self.scheduler = self._new_scheduler()
         self._flights: deque[Flight] = deque()  # launched, in order
-        self._ended, self._pace = 0.0, math.inf  # when the last step's tokens were known, and seconds since the step before
         self._shortage = Shortage()
         self.num_steps = self.num_prompt_tokens = self.num_generated_tokens = self.num_step_tokens = 0
         self.steps_by_size = [0] * 32  # [i]: steps of at most 2^i tokens and more than half of that
@@ -126,9 +122,8 @@ class Engine:
         return output
 
     def _launch_ahead(self) -> None:
-        """One step after the next; two where steps are so short that the host, held up for a moment, would be late."""
-        depth = 2 if self._pace < _SHORT else 1
-        while len(self._flights) <= depth and not self._shortage.failed and self.runner.can_chain(self._flights[-1].batch):
+        """As many steps as the runner allows."""
+        while len(self._flights) <= self.runner.steps_ahead(self._flights[-1].batch) and not self._shortage.failed:
             flight = self._launch(ahead=True)
             if flight is None:
                 return
@@ -175,8 +170,6 @@ class Engine:
 
     def _tell(self, rows: np.ndarray, token_ids: np.ndarray) -> None:
         """Whoever was launched ahead learns what it began with: each token the first step that computes it."""
-        now = time.perf_counter()
-        self._ended, self._pace = now, now - self._ended
         for flight in self._flights:
             left = ~np.isin(rows, flight.batch.rows)
             flight.batch.learn(rows, token_ids)

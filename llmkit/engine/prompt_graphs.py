@@ -25,7 +25,7 @@ from llmkit.transfer import fill
 
 TOKENS = [32, 64, 128, *range(256, GRAPH_TOKENS + 1, 128)]
 DECODES = [0, 16, 64, 256, 512]
-PROMPTS = [4, 32]
+PROMPTS = [4, 32, 128]
 
 
 class Size(NamedTuple):
@@ -76,14 +76,13 @@ class PromptGraphs:
     """Captured steps by size.
 
     body: (ids int64 [T], step) -> hidden states [T, hidden]; reads the device rows and changes none. eager: capture nothing, but
-    compute the same. A size that is met once only is not captured either.
+    compute the same.
     """
 
     def __init__(
         self, body: Callable[[Tensor, TritonStep], Tensor], backend: TritonBackend, state: DeviceRows, eager: bool
     ) -> None:
         self.body, self.backend, self.state, self.eager = body, backend, state, eager
-        self._met: set[Size] = set()
         self._graphs: dict[Size, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self._pool = None
         largest = Size(TOKENS[-1], DECODES[-1], PROMPTS[-1])
@@ -95,10 +94,9 @@ class PromptGraphs:
 
     def run(self, size: Size) -> Tensor:
         """The step that was loaded: hidden states [size.tokens, hidden]; the next step overwrites them."""
+        if self.eager:
+            return self.compute(size)
         if size not in self._graphs:
-            if self.eager or size not in self._met:
-                self._met.add(size)
-                return self.compute(size)
             self._graphs[size] = capture(lambda: self.compute(size), self.state.side, self._pool)
             self._pool = self._pool or self._graphs[size][0].pool()
         graph, hidden = self._graphs[size]

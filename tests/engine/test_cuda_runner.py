@@ -138,7 +138,7 @@ def test_a_draw_does_not_know_its_company(gpu):
 
 def test_what_the_device_draws_is_launched_ahead_and_graphs_are_kept_by_their_work(gpu, monkeypatch):
     runner, ahead = gpu._engine.runner, []
-    monkeypatch.setattr(runner, "can_chain", lambda batch, ask=runner.can_chain: ahead.append(ask(batch)) or ahead[-1])
+    monkeypatch.setattr(runner, "steps_ahead", lambda batch, ask=runner.steps_ahead: ahead.append(ask(batch)) or ahead[-1])
     for work, params in ((Work.PENALISE, PENALISED), (Work.FILTER, WARM.clone(top_p=0.8)), (Work.DRAW, WARM)):
         said(gpu, params, PROMPTS[:1])
         assert (1, work) in runner.graphs._graphs
@@ -146,6 +146,7 @@ def test_what_the_device_draws_is_launched_ahead_and_graphs_are_kept_by_their_wo
     assert runner.graphs.capture_seconds.keys() == runner.graphs._graphs.keys()
     said(gpu, WARM.clone(logprobs=1), PROMPTS[:1])
     assert all(ahead), "log-probabilities follow their tokens"
+    assert set(ahead) == {1, 2}, "after prompts one step, after decodes that read as little as here two"
     said(gpu, WARM.clone(logit_bias={5: 1.0}), PROMPTS[:1])
     assert not ahead[-1], "torch's sampler makes the host wait"
 
@@ -177,8 +178,8 @@ def test_prompts_that_come_together_share_their_beginning(gpu, plain):
     assert gpu.stats()["prefix_cache_hits"] == 2 * 16
 
 
-def test_a_size_of_steps_with_prompts_is_captured_when_it_comes_again(gpu, plain):
-    """Prompts alone, and beside sequences that decode: the same tokens from the first, computed, and from replays."""
+def test_steps_with_prompts_are_replayed(gpu, plain):
+    """Prompts alone, and beside sequences that decode: the same tokens when they are captured and later."""
     each = [GREEDY.clone(max_tokens=n) for n in (9, 2, 3, 2, 3, 4)]
     prompts = [[5, 6, 7] * n for n in (1, 2, 4, 3, 1, 5)]
     expected = said(plain, each, prompts)
@@ -213,7 +214,6 @@ def test_eager_steps_are_padded_like_graphs(on_the_gpu, folder, plain):
         for _ in range(2):
             assert said(llm, GREEDY) == said(plain, GREEDY)
         runner = llm._engine.runner
-        assert runner.prompts._met
         assert not runner.prompts._graphs
         assert not runner.graphs._graphs
 

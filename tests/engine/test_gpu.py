@@ -135,18 +135,18 @@ def test_one_step_at_a_time_says_the_same(folder, prompts, expected):
 
 
 def test_small_prompts_alone_say_what_they_say_in_company(folder, prompts, expected):
-    """Alone, prompts of up to 1,024 tokens are padded, and replayed graphs from the second of a size on."""
+    """Alone, prompts of up to 1,024 tokens are padded, and replayed graphs."""
     with engine(folder) as llm, engine(folder, enforce_eager=True) as eager:
         alone = [tokens(llm, [p])[0] for p in prompts]
         assert agreement(alone, [tokens(eager, [p])[0] for p in prompts]) >= 0.75
         assert agreement(alone, expected) >= 0.75
         assert [a[0] for a in alone] == [e[0] for e in expected]
-        assert llm._driver._started.engine.runner.prompts._met  # type: ignore[union-attr]
+        assert llm._driver._started.engine.runner.prompts._graphs  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("options", [{}, {"deterministic": True}], ids=["", "deterministic"])
 def test_steps_that_mix_prompts_and_decodes_say_the_same_computed_and_replayed(folder, prompts, options):
-    """More requests than rows: prompts come while others decode. Sizes that come again are captured."""
+    """More requests than rows: prompts come while others decode."""
     each = [SamplingParams(temperature=0, max_tokens=5 + 9 * i % 31, ignore_eos=True, detokenize=False) for i in range(21)]
     options = {"max_num_seqs": 5, "enable_prefix_caching": False} | options
 
@@ -157,7 +157,7 @@ def test_steps_that_mix_prompts_and_decodes_say_the_same_computed_and_replayed(f
         first = said(llm)
         assert said(llm) == said(llm) == first == said(eager)
         graphs = llm._engine.runner.prompts._graphs  # type: ignore[attr-defined]
-        assert {size.decodes > 0 for size in graphs} == {True}
+        assert True in {size.decodes > 0 for size in graphs}
         assert not eager._engine.runner.prompts._graphs  # type: ignore[attr-defined]
         alone = [llm.generate([p], sp, use_tqdm=False)[0].outputs[0].token_ids for p, sp in zip(prompts * 3, each)]
     same = [a == b for x, y in zip(alone, first) for a, b in zip(x, y)]
@@ -225,7 +225,7 @@ def test_seeded_draws_repeat(folder, prompts):
 
 @pytest.mark.parametrize("asked", [{"temperature": 0}, QWENS], ids=["greedy", "filtered and penalised"])
 def test_no_launch_waits_for_the_device(folder, prompts, monkeypatch, asked):
-    """Where the host would wait, torch raises. The first two rounds compile and capture."""
+    """Where the host would wait, torch raises. The first round compiles and captures."""
     launch = Engine._launch
 
     def watched(self: Engine, ahead: bool = False) -> Flight | None:
@@ -237,7 +237,6 @@ def test_no_launch_waits_for_the_device(folder, prompts, monkeypatch, asked):
 
     with engine(folder, enable_prefix_caching=False, max_num_seqs=5) as llm:
         expected = tokens(llm, prompts, **asked)
-        assert tokens(llm, prompts, **asked) == expected
         monkeypatch.setattr(Engine, "_launch", watched)
         assert tokens(llm, prompts, **asked) == expected
 

@@ -51,12 +51,12 @@ class SaidTokens:
 class ShadowRunner:
     """Writes and checks prefixes instead of keys and values.
 
-    As on a GPU, those that decode read before the step's prompts are written. With `chains` a decode step may be launched before
-    the host knows the last one's tokens, so what each row has said is remembered here, on the "device". The next `failures` steps
+    As on a GPU, those that decode read before the step's prompts are written. Up to `chains` steps may be launched before the
+    host knows a step's tokens, so what each row has said is remembered here, on the "device". The next `failures` steps
     of several tokens do not fit its memory, which is found out half-way.
     """
 
-    def __init__(self, rows: Rows, max_tokens: int, chains: bool, mixed_tokens: int | None) -> None:
+    def __init__(self, rows: Rows, max_tokens: int, chains: int, mixed_tokens: int | None) -> None:
         self.max_tokens, self.chains, self.mixed_tokens = max_tokens, chains, mixed_tokens
         self.cache: dict[int, bytes] = {}
         self.num_chained = self.num_mixed = self.failures = self.num_failed = 0
@@ -66,9 +66,10 @@ class ShadowRunner:
         self.rows = rows
         self.said: dict[int, bytes] = {}
 
-    def can_chain(self, batch: Batch) -> bool:
+    def steps_ahead(self, batch: Batch) -> int:
         asked = [self.rows.requests[row] for row in batch.rows[batch.sampled]]
-        return self.chains and all(r is None or r.params.logprobs is None for r in asked)  # as torch's sampler makes a GPU wait
+        waits = any(r is not None and r.params.logprobs is not None for r in asked)  # as a GPU for torch's sampler
+        return 0 if waits else self.chains
 
     def run(self, batch: Batch, schedule: Schedule) -> StepResult:
         self.rows.released.clear()
@@ -144,7 +145,7 @@ class House:
     chunk_limit: int = 0
     caching: bool = True
     by_priority: bool = False
-    chains: bool = False
+    chains: int = 0
     mixed: int | None = None
     everybody: list[Request] = field(default_factory=list)
     num_copies: int = 0
@@ -269,7 +270,7 @@ def houses(draw: st.DrawFn, **fixed: object) -> House:
         "chunk_limit": draw(st.sampled_from([0, 1, 2, 5])),
         "caching": draw(st.booleans()),
         "by_priority": draw(st.booleans()),
-        "chains": draw(st.booleans()),
+        "chains": draw(st.integers(0, 2)),
         "mixed": draw(st.sampled_from([None, 1, 2, 5])),
     }
     return House(**options | fixed)  # type: ignore[arg-type]
@@ -424,7 +425,7 @@ def test_steps_are_shorter_while_somebody_decodes():
 
 
 def test_who_leaves_a_step_under_way_takes_nobody_elses_logprobs_along():
-    house = House(num_blocks=60, block_size=4, num_rows=4, budget=16, chains=True)
+    house = House(num_blocks=60, block_size=4, num_rows=4, budget=16, chains=1)
     leaves = house.add([0, 1, 0], 20)[0]
     house.step()
     stays = house.add([1] * 5, 6)[0]  # with log-probabilities
@@ -438,7 +439,7 @@ def test_who_leaves_a_step_under_way_takes_nobody_elses_logprobs_along():
 
 def test_a_chain_of_decodes_leaves_no_prompt_behind():
     """The first prompt's last chunk fills the step; its decodes must not go on alone while the second one waits in a row."""
-    house = House(num_blocks=60, block_size=4, num_rows=4, budget=8, chunk_limit=4, chains=True)
+    house = House(num_blocks=60, block_size=4, num_rows=4, budget=8, chunk_limit=4, chains=1)
     first, second = house.add([0] * 8, 40)[0], house.add([1] * 12, 4)[0]
     for _ in range(6):
         house.step()
@@ -474,7 +475,7 @@ def test_recover_ends_everybody_and_starts_empty():
 
 
 def test_a_chained_engine_says_the_same_and_does_chain():
-    house = House(num_blocks=12, block_size=4, num_rows=3, budget=8, chains=True)
+    house = House(num_blocks=12, block_size=4, num_rows=3, budget=8, chains=1)
     for start in range(5):
         house.add([start % 2, 1, start % 3], 9)
     house.drain()
@@ -483,23 +484,21 @@ def test_a_chained_engine_says_the_same_and_does_chain():
     assert house.runner.num_mixed > 0
 
 
-@pytest.mark.parametrize(("short", "under_way"), [(1e9, 2), (0.0, 1)])
-def test_two_steps_are_under_way_where_they_are_short(short, under_way):
-    house = House(num_blocks=60, block_size=4, num_rows=3, budget=16, chains=True)
-    with mock.patch("llmkit.engine.engine._SHORT", short):
-        for start in range(3):
-            house.add([0] * 10 + [start], 12)
-        seen = []
-        while house.engine.has_work:
-            house.step()
-            seen.append((len(house.engine._flights), house.engine.rows.num_pending.max()))
+def test_two_steps_are_under_way_where_the_runner_allows():
+    house = House(num_blocks=60, block_size=4, num_rows=3, budget=16, chains=2)
+    for start in range(3):
+        house.add([0] * 10 + [start], 12)
+    seen = []
+    while house.engine.has_work:
+        house.step()
+        seen.append((len(house.engine._flights), house.engine.rows.num_pending.max()))
     house.check_answers(set())
-    assert max(seen) == (under_way, under_way)
+    assert max(seen) == (2, 2)
 
 
 def test_each_step_under_way_learns_what_it_began_with():
     """A row's token goes to the first step that computes it, which need not be the next one."""
-    house = House(num_blocks=20, block_size=4, num_rows=3, budget=8, chains=True)
+    house = House(num_blocks=20, block_size=4, num_rows=3, budget=8, chains=1)
     batches = []
     for chosen in ([0, 1], [1, 2]):
         batch = build_batch(house.engine.rows, np.array(chosen), np.ones(2, np.int32), 2)
