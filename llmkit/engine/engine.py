@@ -39,12 +39,14 @@ class StepOutput:
 
 @dataclass
 class Flight:
-    """A step that was launched: requests are those that get a token, in the order of batch.sampled."""
+    """A step that was launched: requests are those that get a token, in the order of batch.sampled. ahead: how many may be
+    launched after it before its tokens are known."""
 
     schedule: Schedule
     batch: Batch
     requests: list[Request]
     result: StepResult
+    ahead: int
 
 
 class Engine:
@@ -123,7 +125,7 @@ class Engine:
 
     def _launch_ahead(self) -> None:
         """As many steps as the runner allows."""
-        while len(self._flights) <= self.runner.steps_ahead(self._flights[-1].batch) and not self._shortage.failed:
+        while len(self._flights) <= self._flights[-1].ahead and not self._shortage.failed:
             flight = self._launch(ahead=True)
             if flight is None:
                 return
@@ -142,7 +144,8 @@ class Engine:
             self._shortage.relieve(self)
             return self._launch()
         self.scheduler.launched(schedule, batch.rows[batch.sampled])
-        return Flight(schedule, batch, [schedule.owners[i] for i in batch.sampled], result)
+        owners = [schedule.owners[i] for i in batch.sampled]
+        return Flight(schedule, batch, owners, result, self.runner.steps_ahead(batch))
 
     def _process(self, flight: Flight) -> StepOutput:
         """Append the new tokens, remember full blocks, end what has ended."""
@@ -171,9 +174,10 @@ class Engine:
     def _tell(self, rows: np.ndarray, token_ids: np.ndarray) -> None:
         """Whoever was launched ahead learns what it began with: each token the first step that computes it."""
         for flight in self._flights:
-            left = ~np.isin(rows, flight.batch.rows)
             flight.batch.learn(rows, token_ids)
-            rows, token_ids = rows[left], token_ids[left]
+            if flight is not self._flights[-1]:
+                left = ~np.isin(rows, flight.batch.rows)
+                rows, token_ids = rows[left], token_ids[left]
 
     def _keep_embeddings(self, result: StepResult) -> list[Request]:
         """The requests that end with their vector."""

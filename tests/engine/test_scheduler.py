@@ -503,7 +503,7 @@ def test_each_step_under_way_learns_what_it_began_with():
     for chosen in ([0, 1], [1, 2]):
         batch = build_batch(house.engine.rows, np.array(chosen), np.ones(2, np.int32), 2)
         batch.input_ids[:] = -1
-        house.engine._flights.append(Flight(mock.Mock(), batch, [], mock.Mock()))
+        house.engine._flights.append(Flight(mock.Mock(), batch, [], mock.Mock(), 1))
         batches.append(batch)
     house.engine._tell(np.array([2, 0, 1]), np.array([52, 50, 51]))
     assert [b.input_ids.tolist() for b in batches] == [[50, 51], [-1, 52]]
