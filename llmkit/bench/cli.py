@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmkit.bench import serve_cli, timeline_cli
+from llmkit.bench.flags import check_folders, natural, own_name, positive
 from llmkit.bench.kernels import cli as kernels_cli
 from llmkit.config import DEFAULT_MODEL, DTYPE_NAMES, add_engine_arguments, engine_options
 from llmkit.errors import ConfigError
@@ -57,7 +58,7 @@ def _suite(args: argparse.Namespace) -> int:
     from llmkit.bench.h100 import FULL, SMALL, Clock, select
     from llmkit.bench.suite import Suite, markdown
 
-    _check_json(args)
+    check_folders(args, "json")
     rows = select(args.rows)
     with open(args.json, "w", encoding="utf-8") if args.json else nullcontext() as out:
         suite = Suite(rows, SMALL if args.tiny else FULL, Clock(args.budget), args.repeat, out, engine_options(args))
@@ -136,22 +137,6 @@ def _add_lengths(p: argparse.ArgumentParser) -> None:
     p.add_argument("--output-len", type=positive, default=128, metavar="LEN", help="tokens of each answer (default: 128)")
 
 
-def natural(text: str) -> int:
-    """argparse type: 0, 1, 2, ..."""
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"must not be negative; got {value}")
-    return value
-
-
-def positive(text: str) -> int:
-    """argparse type: 1, 2, ..."""
-    value = natural(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1; got {value}")
-    return value
-
-
 # ---- the measurements
 
 
@@ -203,7 +188,7 @@ def _throughput(args: argparse.Namespace) -> None:
     from llmkit.bench.throughput import measure_throughput
     from llmkit.bench.workload import NAMED, fixed
 
-    _check_json(args)
+    check_folders(args, "json")
     if args.workload == "fixed":
         work = fixed(args.num_prompts or 32, args.input_len, args.output_len)
     else:
@@ -217,7 +202,7 @@ def _throughput(args: argparse.Namespace) -> None:
 def _latency(args: argparse.Namespace) -> None:
     from llmkit.bench.latency import LatencyPlan, measure_latency
 
-    _check_json(args)
+    check_folders(args, "json")
     if args.output_len < 2:
         raise ConfigError("the time per output token needs at least two tokens", "--output-len 2 or more")
     prefills = tuple(n for n in args.prefill if n)
@@ -231,7 +216,7 @@ def _startup(args: argparse.Namespace) -> None:
     from llmkit.bench.report import Machine, load_average
     from llmkit.bench.startup import measure_startup
 
-    _check_json(args)
+    check_folders(args, "json")
     load = load_average()
     rows, facts = measure_startup({"model": args.model} | engine_options(args), names(args)[1:], args.repeat)
     machine = Machine.here(facts["threads"], facts["gpu"] if facts["device"] != "cpu" else None, tuple(names(args)[1:]))
@@ -243,14 +228,14 @@ def _parity(args: argparse.Namespace) -> int:
     from llmkit.bench.measure import say
     from llmkit.bench.parity import ParityReport, encode, measure_parity, read_texts
 
-    _check_json(args)
+    check_folders(args, "json")
     texts = read_texts(args.num_prompts, args.prompts)
     given = {"model": args.model, "enable_prefix_caching": False} | engine_options(args)  # no run helps the next one
     subjects = [Subject.of(given | {"dtype": name}, static_batch=args.num_prompts) for name in args.dtypes]
     prompts = encode(texts, subjects[0].folder)
     comparisons = measure_parity(subjects, prompts, args.output_len)
     say("")
-    report = ParityReport(_model_name(args.model), _machine(subjects[0], ("transformers",)), prompts, comparisons, given)
+    report = ParityReport(own_name(args.model), _machine(subjects[0], ("transformers",)), prompts, comparisons, given)
     report.options.pop("model")  # the report has its name
     print(report.text())
     if args.markdown:
@@ -285,21 +270,10 @@ def _finish(args: argparse.Namespace, name: str, dtype: str, machine: Any, ceili
     options = engine_options(args) | {n: getattr(args, n) for n in OWN if hasattr(args, n)}
     options.pop("model", None)  # the report has its name
     found = warnings(rows, load, load_average(), num_cores())
-    report = Report(name, _model_name(args.model), dtype, machine, ceilings, rows, options, found)
+    report = Report(name, own_name(args.model), dtype, machine, ceilings, rows, options, found)
     say("")
     print(report.text())
     if args.markdown:
         print("\n" + report.markdown())
     if args.json:
         Path(args.json).write_text(report.json() + "\n", encoding="utf-8")
-
-
-def _model_name(model: str) -> str:
-    """As it was asked for; of a file or folder only its own name, for where it lies is nobody's business."""
-    return Path(model).name if Path(model).exists() else model
-
-
-def _check_json(args: argparse.Namespace) -> None:
-    """Better now than after minutes of measuring."""
-    if args.json and not Path(args.json).absolute().parent.is_dir():
-        raise ConfigError(f"--json {args.json}: the folder does not exist", f"mkdir -p {Path(args.json).parent}")

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmkit.bench.flags import check_folders, own_name, positive
 from llmkit.config import DEFAULT_MODEL, add_engine_arguments, engine_options
 from llmkit.errors import ConfigError, ServerError
 
@@ -29,8 +30,6 @@ VOCAB = 10_000  # token ids drawn for a server that does not say how many it kno
 
 def add(commands: Any) -> None:
     """bench serve."""
-    from llmkit.bench.cli import positive
-
     what = "load on a server, ours or any OpenAI one: TTFT, TPOT, ITL, throughput"
     p = commands.add_parser("serve", help=what, description=what[0].upper() + what[1:] + ".")
     p.set_defaults(measure=_measure)
@@ -95,7 +94,7 @@ def _measure(args: argparse.Namespace) -> int:
     options = engine_options(args) | {name: _plain(getattr(args, name)) for name in KEPT}
     options.pop("model", None)
     busy = warnings([], load_before, 0, num_cores())
-    report = ServeReport(_own_name(target.model), work, target.runs_on, runs, options, busy)
+    report = ServeReport(own_name(target.model), work, target.runs_on, runs, options, busy)
     print(report.text())
     if args.markdown:
         print("\n" + report.markdown())
@@ -111,16 +110,9 @@ def _plain(value: Any) -> Any:
     return [str(v) if isinstance(v, float) and math.isinf(v) else v for v in value] if isinstance(value, list) else value
 
 
-def _own_name(model: str) -> str:
-    """Of a folder only its own name: where it lies is nobody's business."""
-    return Path(model).name if Path(model).is_absolute() else model
-
-
 def _check(args: argparse.Namespace) -> None:
     """Better now than after minutes of measuring."""
-    for name, file in (("--json", args.json), ("--plot", args.plot)):
-        if file and not Path(file).absolute().parent.is_dir():
-            raise ConfigError(f"{name} {file}: the folder does not exist", f"mkdir -p {Path(file).parent}")
+    check_folders(args, "json", "plot")
     if args.plot and importlib.util.find_spec("matplotlib") is None:
         raise ConfigError("--plot needs matplotlib", 'pip install "llmkit[notebook]"')
     if args.plot and args.plot.suffix not in (".png", ".svg", ".pdf"):

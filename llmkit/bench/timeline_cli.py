@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmkit.bench.flags import check_folders, positive
 from llmkit.config import DEFAULT_MODEL, add_engine_arguments, engine_options
 from llmkit.errors import ConfigError
 
@@ -21,8 +22,6 @@ SHOWN = 5  # kernels of each batch size; the JSON has all
 
 def add(commands: Any) -> None:
     """bench timeline."""
-    from llmkit.bench.cli import positive
-
     what = "share of time in which the device computes while it decodes, and its biggest kernels"
     p = commands.add_parser("timeline", help=what, description=what[0].upper() + what[1:] + ".")
     p.set_defaults(measure=_measure)
@@ -38,8 +37,6 @@ def add(commands: Any) -> None:
 
 def _sizes(text: str) -> list[int]:
     """argparse type: 1,128."""
-    from llmkit.bench.cli import positive
-
     try:
         return list(dict.fromkeys(positive(part) for part in text.split(",")))
     except ValueError:
@@ -77,10 +74,7 @@ def _check(args: argparse.Namespace) -> None:
     """Better now than after minutes of measuring."""
     if args.output_len < 4:
         raise ConfigError("there are decode steps to compare only from the fourth token on", "--output-len 4 or more")
-    for flag in ("json", "save"):
-        file = getattr(args, flag)
-        if file and not Path(file).absolute().parent.is_dir():
-            raise ConfigError(f"--{flag} {file}: the folder does not exist", f"mkdir -p {Path(file).parent}")
+    check_folders(args, "json", "save")
 
 
 def _decode(llm: LLM, batch: int, input_len: int, output_len: int) -> Timeline:

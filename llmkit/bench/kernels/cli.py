@@ -14,6 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmkit.bench.flags import check_folders
 from llmkit.bench.row_names import pick_rows
 from llmkit.errors import ConfigError
 
@@ -75,8 +76,7 @@ def _measure(args: argparse.Namespace) -> int:
 
 def _check(args: argparse.Namespace) -> None:
     """Better now than after minutes of measuring."""
-    if args.json and not Path(args.json).absolute().parent.is_dir():
-        raise ConfigError(f"--json {args.json}: the folder does not exist", f"mkdir -p {Path(args.json).parent}")
+    check_folders(args, "json")
     if args.tiny and args.markdown:
         raise ConfigError("--tiny gives no figures that belong into a table", "leave out --tiny or --markdown")
 
