@@ -67,10 +67,11 @@ def gate_up_silu(
     if not pairs:
         return lambda x: silu_mul(run(x))
     from llmkit_kernels import activation, gemm
+    from llmkit_kernels.prepared import PreparedWeight
 
     if bias is not None or weight is None:
         return lambda x: activation.silu_mul_pairs(run(x))
-    kernels = gemm.SkinnyWeight(weight)
+    kernels = PreparedWeight(weight)
 
     def compute(x: Tensor) -> Tensor:
         if 64 < len(x) <= gemm.MOST_TOKENS:  # ours lives on the kernels around it being ours, too: see `FusedForward`

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from llmkit_kernels import gemm, wide_gemm
-from llmkit_kernels.gemm import MOST_TOKENS, SkinnyWeight, Tile
+from llmkit_kernels.gemm import MOST_TOKENS, Tile
 from llmkit_kernels.launch import is_hopper
+from llmkit_kernels.prepared import PreparedWeight
 from llmkit_kernels.wide_gemm import WideTile
 
 
@@ -44,24 +45,24 @@ def _many(silu: bool, splits: int, m: int) -> WideTile:
     return WideTile(128, 256, 64, 8, 4 if m < 4096 else 3) if silu else WideTile(128, 128, 64, 8, 3)
 
 
-def product(x: Tensor, w: SkinnyWeight) -> Tensor:
+def product(x: Tensor, w: PreparedWeight) -> Tensor:
     """x [M, K] · W [N, K]ᵀ as fp32 [S, M, N], whose sum over S, in order, is the product. S is 1 when M is above 128."""
     (m, k), n = x.shape, w.weight.shape[0]
     splits = splits_of(n, k)
     if m <= MOST_TOKENS:
         return gemm.partial_products(x, w, tile=_few(n, k, m, splits))
-    return wide_gemm.product(x, w.weight, _many(False, splits, m), splits)[None]
+    return wide_gemm.product(x, w, _many(False, splits, m), splits)[None]
 
 
-def gate_up_silu(x: Tensor, w: SkinnyWeight) -> Tensor:
+def gate_up_silu(x: Tensor, w: PreparedWeight) -> Tensor:
     """As `gemm.gate_up_silu`."""
     (m, k), n = x.shape, w.weight.shape[0]
     if m <= MOST_TOKENS:
         return gemm.gate_up_silu(x, w, tile=_few(n, k, m, 1))
-    return wide_gemm.gate_up_silu(x, w.weight, _many(True, 1, m))
+    return wide_gemm.gate_up_silu(x, w, _many(True, 1, m))
 
 
-def logits(x: Tensor, w: SkinnyWeight) -> Tensor:
+def logits(x: Tensor, w: PreparedWeight) -> Tensor:
     """x [M, K] · W [vocabulary, K]ᵀ as fp32 [M, vocabulary]."""
     (m, k), n = x.shape, w.weight.shape[0]
     out = torch.empty(m, n, dtype=torch.float32, device=x.device)

@@ -18,7 +18,8 @@ import triton.language as tl
 from torch import Tensor
 
 from llmkit_kernels import activation, wide_gemm
-from llmkit_kernels.launch import begin, cdiv, descriptor, is_hopper, pdl, shared_memory, stages_that_fit
+from llmkit_kernels.launch import begin, cdiv, descriptor, pdl, shared_memory, stages_that_fit
+from llmkit_kernels.prepared import PreparedWeight
 
 MOST_TOKENS = 128  # of one tile; further ones are further programs
 _SMALL = 16 << 20  # bytes of a weight whose read is over before the launch of its kernel is
@@ -35,7 +36,7 @@ class Tile:
     splits: int = 1
 
 
-def beats_cublas(w: SkinnyWeight, m: int) -> bool:
+def beats_cublas(w: PreparedWeight, m: int) -> bool:
     """Whether our product of m tokens is faster, measured on an H100 within a whole step. Ours overlaps with the kernels around
     it and needs none to add up its parts; cuBLAS has tiles of any size, which counts where many tokens meet few rows."""
     n, k = w.weight.shape
@@ -199,31 +200,14 @@ def _product_1(x, w, out, N, K, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, PDL:
     tl.store(out + rows, tl.sum(acc, axis=1), mask=rows < N)
 
 
-class SkinnyWeight:
-    """A weight [N, K] prepared for these kernels; it keeps the TMA descriptors of the tiles that were used."""
-
-    def __init__(self, weight: Tensor) -> None:
-        self.weight = weight
-        self._descriptors: dict[tuple[int, int], object] = {}
-
-    def descriptor(self, tile: Tile | wide_gemm.WideTile) -> tuple[object, bool]:
-        """(TMA descriptor or the weight itself, whether it is a descriptor)."""
-        if not is_hopper() or self.weight.shape[1] * self.weight.element_size() % 16:  # TMA wants rows that begin at 16 bytes
-            return self.weight, False
-        key = (tile.block_n, tile.block_k)
-        if key not in self._descriptors:
-            self._descriptors[key] = descriptor(self.weight, tile.block_n, tile.block_k)
-        return self._descriptors[key], True
-
-
 X_TMA_FROM = 16  # tokens; below, plain loads are as quick
 
 
-def _launch(x: Tensor, w: SkinnyWeight, out: Tensor, tile: Tile, silu: bool) -> Tensor:
+def _launch(x: Tensor, w: PreparedWeight, out: Tensor, tile: Tile, silu: bool) -> Tensor:
     (m, k), n = x.shape, w.weight.shape[0]
     first, second = token_tiles(m)
     tile = fitting(tile, first + second, x.element_size())
-    w_desc, tma = w.descriptor(tile)
+    w_desc, tma = w.descriptor(tile.block_n, tile.block_k)
     x_tma = tma and (m > X_TMA_FROM or tile.block_k > 256)
     x_desc = descriptor(x, first, tile.block_k) if x_tma else x
     x_desc2 = descriptor(x, second, tile.block_k) if x_tma and second else x_desc
@@ -236,7 +220,7 @@ def _launch(x: Tensor, w: SkinnyWeight, out: Tensor, tile: Tile, silu: bool) -> 
     return out
 
 
-def partial_products(x: Tensor, w: SkinnyWeight, out: Tensor | None = None, tile: Tile | None = None) -> Tensor:
+def partial_products(x: Tensor, w: PreparedWeight, out: Tensor | None = None, tile: Tile | None = None) -> Tensor:
     """x [M, K] · W [N, K]ᵀ as fp32 partial results [S, M, N], whose sum over S is the product."""
     (m, k), n = x.shape, w.weight.shape[0]
     tile = tile or plan(n, k, m)
@@ -244,7 +228,7 @@ def partial_products(x: Tensor, w: SkinnyWeight, out: Tensor | None = None, tile
     return _launch(x, w, out, tile, silu=False)
 
 
-def gate_up_silu(x: Tensor, w: SkinnyWeight, out: Tensor | None = None, tile: Tile | None = None) -> Tensor:
+def gate_up_silu(x: Tensor, w: PreparedWeight, out: Tensor | None = None, tile: Tile | None = None) -> Tensor:
     """silu(x·gateᵀ) · (x·upᵀ), [M, I], for W [2·I, K] whose rows are gate 0, up 0, gate 1, up 1, ...; any M."""
     (m, k), n = x.shape, w.weight.shape[0]
     if m > MOST_TOKENS and tile is None:
@@ -262,7 +246,7 @@ def gate_up_silu(x: Tensor, w: SkinnyWeight, out: Tensor | None = None, tile: Ti
     return _launch(x, w, out, tile, silu=True)
 
 
-def _gate_up_silu_many(x: Tensor, w: SkinnyWeight, out: Tensor | None) -> Tensor:
+def _gate_up_silu_many(x: Tensor, w: PreparedWeight, out: Tensor | None) -> Tensor:
     """More than 128 tokens: the kernel for few where the weight is small, the one for many, or cuBLAS and one more pass."""
     (m, k), n = x.shape, w.weight.shape[0]
     if m <= 256 and 2 * n * k <= _SMALL:
@@ -270,11 +254,10 @@ def _gate_up_silu_many(x: Tensor, w: SkinnyWeight, out: Tensor | None) -> Tensor
     tile = wide_gemm.plan(n, k, m)
     if tile is None:
         return activation.silu_mul_pairs(F.linear(x, w.weight), out)
-    w_desc, tma = w.descriptor(tile)
-    return wide_gemm.gate_up_silu(x, w.weight, tile, out, w_desc if tma else None)
+    return wide_gemm.gate_up_silu(x, w, tile, out)
 
 
-def logits(x: Tensor, w: SkinnyWeight, out: Tensor | None = None) -> Tensor:
+def logits(x: Tensor, w: PreparedWeight, out: Tensor | None = None) -> Tensor:
     """x [M, K] · W [vocabulary, K]ᵀ as fp32 [M, vocabulary]."""
     (m, k), n = x.shape, w.weight.shape[0]
     out = torch.empty(m, n, dtype=torch.float32, device=x.device) if out is None else out

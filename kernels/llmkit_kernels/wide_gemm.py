@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from llmkit_kernels.launch import cdiv, descriptor, is_hopper, num_sms
+from llmkit_kernels.prepared import PreparedWeight
 
 _TOGETHER = 8  # tiles of tokens that take the same rows of the weight one after the other
 
@@ -109,38 +110,33 @@ def _wide_product(
             _store(out, out_desc, total, token, row, M, N, BLOCK_M, BLOCK_N, TMA)
 
 
-def _launch(
-    x: Tensor, weight: Tensor, out: Tensor, tile: WideTile, splits: int, silu: bool, w_desc: object | None = None
-) -> Tensor:
-    (m, k), (n, columns) = x.shape, (weight.shape[0], out.shape[1])
-    tma = is_hopper() and k % 8 == 0 and columns % 8 == 0
-    block = tile.block_n // 2 if silu else tile.block_n
-    descriptors = (
-        (descriptor(x, tile.block_m, tile.block_k), w_desc or descriptor(weight, tile.block_n, tile.block_k),
-         descriptor(out, tile.block_m, block)) if tma else (x, weight, out)
-    )  # fmt: skip
+def _launch(x: Tensor, w: PreparedWeight, out: Tensor, tile: WideTile, splits: int, silu: bool) -> Tensor:
+    (m, k), (n, columns) = x.shape, (w.weight.shape[0], out.shape[1])
+    w_desc, tma = w.descriptor(tile.block_n, tile.block_k)
+    tma = tma and columns % 8 == 0
+    x_desc, out_desc = x, out
+    if tma:
+        x_desc = descriptor(x, tile.block_m, tile.block_k)
+        out_desc = descriptor(out, tile.block_m, tile.block_n // 2 if silu else tile.block_n)
     tiles = cdiv(m, tile.block_m) * cdiv(n, tile.block_n)
     _wide_product[(min(num_sms(), tiles),)](
-        x, descriptors[0], weight, descriptors[1], out, descriptors[2], m, n, k, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
+        x, x_desc, w.weight, w_desc if tma else w.weight, out, out_desc, m, n, k, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
         BLOCK_K=tile.block_k, SPLITS=splits, SILU=silu, TOGETHER=_TOGETHER, TMA=tma, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return out
 
 
-def gate_up_silu(
-    x: Tensor, weight: Tensor, tile: WideTile, out: Tensor | None = None, w_desc: object | None = None
-) -> Tensor:
-    """silu(x·gateᵀ) · (x·upᵀ), [M, I], for weight [2·I, K] whose rows are gate 0, up 0, gate 1, up 1, ...
+def gate_up_silu(x: Tensor, w: PreparedWeight, tile: WideTile, out: Tensor | None = None) -> Tensor:
+    """silu(x·gateᵀ) · (x·upᵀ), [M, I], for W [2·I, K] whose rows are gate 0, up 0, gate 1, up 1, ...
 
-    w_desc: the weight's TMA descriptor for this tile, if there is one already. Nothing is rounded before the end.
-    Reference: `torch.nn.functional.linear`, then `reference.silu_mul` of its gates and ups.
+    Nothing is rounded before the end. Reference: `torch.nn.functional.linear`, then `reference.silu_mul` of its gates and ups.
     """
-    out = torch.empty(x.shape[0], weight.shape[0] // 2, dtype=x.dtype, device=x.device) if out is None else out
-    return _launch(x, weight, out, tile, 1, silu=True, w_desc=w_desc)
+    out = torch.empty(x.shape[0], w.weight.shape[0] // 2, dtype=x.dtype, device=x.device) if out is None else out
+    return _launch(x, w, out, tile, 1, silu=True)
 
 
-def product(x: Tensor, weight: Tensor, tile: WideTile, splits: int = 1, out: Tensor | None = None) -> Tensor:
-    """x · weightᵀ as fp32 [M, N]: the sum, in order, of the products of `splits` equal parts of K, a multiple of splits · block_k
+def product(x: Tensor, w: PreparedWeight, tile: WideTile, splits: int = 1, out: Tensor | None = None) -> Tensor:
+    """x · Wᵀ as fp32 [M, N]: the sum, in order, of the products of `splits` equal parts of K, a multiple of splits · block_k
     unless splits is 1."""
-    out = torch.empty(x.shape[0], weight.shape[0], dtype=torch.float32, device=x.device) if out is None else out
-    return _launch(x, weight, out, tile, splits, silu=False)
+    out = torch.empty(x.shape[0], w.weight.shape[0], dtype=torch.float32, device=x.device) if out is None else out
+    return _launch(x, w, out, tile, splits, silu=False)

@@ -7,7 +7,8 @@ decoding and for prompts, one program a row.
 
 from __future__ import annotations
 
-from llmkit_kernels import fixed_gemm, gemm
+from llmkit_kernels import fixed_gemm
+from llmkit_kernels.prepared import PreparedWeight
 from torch import Tensor
 
 from llmkit.attention.fixed import FixedStep
@@ -33,9 +34,9 @@ class FixedForward(FusedForward):
         return fixed_gemm.logits(hidden, self.head)
 
     @staticmethod
-    def _gate_up(x: Tensor, weight: gemm.SkinnyWeight) -> Tensor:
+    def _gate_up(x: Tensor, weight: PreparedWeight) -> Tensor:
         return fixed_gemm.gate_up_silu(x, weight)
 
     @staticmethod
-    def _product(x: Tensor, weight: gemm.SkinnyWeight) -> Tensor:
+    def _product(x: Tensor, weight: PreparedWeight) -> Tensor:
         return fixed_gemm.product(x, weight)

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 from llmkit_kernels import gemm, norm
+from llmkit_kernels.prepared import PreparedWeight
 from torch import Tensor
 
 from llmkit.attention import fits_kernels
@@ -34,10 +35,10 @@ class FusedForward:
     def __init__(self, model: Decoder) -> None:
         self.model = model
         self.layers = [
-            (layer, *(_skinny(m) for m in (layer.attention.qkv, layer.attention.o, layer.mlp.gate_up, layer.mlp.down)))
+            (layer, *(_prepared(m) for m in (layer.attention.qkv, layer.attention.o, layer.mlp.gate_up, layer.mlp.down)))
             for layer in model.layers
         ]
-        self.head = _skinny(model.lm_head.project)
+        self.head = _prepared(model.lm_head.project)
 
     @staticmethod
     def supports(model: Decoder) -> bool:
@@ -89,16 +90,16 @@ class FusedForward:
         return norm.add_rms_norm(x, residual, layer.weight, layer.eps)
 
     @staticmethod
-    def _gate_up(x: Tensor, weight: gemm.SkinnyWeight) -> Tensor:
+    def _gate_up(x: Tensor, weight: PreparedWeight) -> Tensor:
         return gemm.gate_up_silu(x, weight)
 
     @staticmethod
-    def _product(x: Tensor, weight: gemm.SkinnyWeight) -> Tensor:
+    def _product(x: Tensor, weight: PreparedWeight) -> Tensor:
         """Partial products fp32 [S, B, N], or the product [B, N]; a bias is left to the next kernel."""
         return gemm.partial_products(x, weight) if gemm.beats_cublas(weight, len(x)) else F.linear(x, weight.weight)
 
 
-def _skinny(linear: Linear) -> gemm.SkinnyWeight:
+def _prepared(linear: Linear) -> PreparedWeight:
     if linear.weight is None:
         raise TypeError("a packed weight cannot be read by GPU kernels")
-    return gemm.SkinnyWeight(linear.weight)
+    return PreparedWeight(linear.weight)

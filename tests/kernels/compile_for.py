@@ -21,10 +21,12 @@ from llmkit_kernels import (
     norm,
     penalties,
     prefill_attention,
+    prepared,
     rope_cache,
     sampling,
     wide_gemm,
 )  # fmt: skip
+from llmkit_kernels.prepared import PreparedWeight
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
@@ -57,7 +59,7 @@ def pretend(found: dict[str, int]) -> None:
         found[self.__name__] = max(found.get(self.__name__, 0), kernel.metadata.shared)
 
     JITFunction.run = run
-    for module in (launch, decode_attention, fixed_attention, gemm, prefill_attention, sampling, wide_gemm):
+    for module in (launch, decode_attention, fixed_attention, gemm, prefill_attention, prepared, sampling, wide_gemm):
         for name, value in (("is_hopper", ARCHITECTURE >= 90), ("shared_memory", LIMITS[ARCHITECTURE])):
             if hasattr(module, name):
                 setattr(module, name, lambda value=value: value)
@@ -70,18 +72,18 @@ def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
 def products() -> None:
     for n, k in ((4608, 3584), (3584, 18944), (1024, 3072)):
         for m in (32, 128):
-            gemm.partial_products(empty(m, k), gemm.SkinnyWeight(empty(n, k)))
+            gemm.partial_products(empty(m, k), PreparedWeight(empty(n, k)))
     for n, k in ((37888, 3584), (6144, 1024)):
         for m in (1, 128):
-            gemm.gate_up_silu(empty(m, k), gemm.SkinnyWeight(empty(n, k)))
+            gemm.gate_up_silu(empty(m, k), PreparedWeight(empty(n, k)))
         for m in (180, 256, 500, 1000, 5000):
             tile = wide_gemm.plan(n, k, m) or wide_gemm.WideTile(64, 128, 32, 4, 3)
-            wide_gemm.gate_up_silu(empty(m, k), empty(n, k), tile)
+            wide_gemm.gate_up_silu(empty(m, k), PreparedWeight(empty(n, k)), tile)
     for n, k in ((4608, 3584), (3584, 18944), (4096, 1024), (32000, 1024)):
         for m in (1, 32, 64, 128, 200, 5000):
-            fixed_gemm.product(empty(m, k), gemm.SkinnyWeight(empty(n, k)))
+            fixed_gemm.product(empty(m, k), PreparedWeight(empty(n, k)))
     for m in (1, 128):
-        gemm.logits(empty(m, 1024), gemm.SkinnyWeight(empty(32000, 1024)))
+        gemm.logits(empty(m, 1024), PreparedWeight(empty(32000, 1024)))
 
 
 def attention() -> None:

@@ -40,6 +40,7 @@ from llmkit_kernels import (
     rope_cache,
     wide_gemm,
 )
+from llmkit_kernels.prepared import PreparedWeight
 
 # The kernels' own dtypes; Triton's interpreter has no products of bfloat16, and on a GPU those of fp32 are TF32's.
 DTYPES = [torch.bfloat16, torch.float16] if ON_GPU else [torch.float32, torch.float16]
@@ -377,7 +378,7 @@ def products(rows: st.SearchStrategy[int] = ROWS) -> st.SearchStrategy[Product]:
 def test_partial_products(case: Product, tile: gemm.Tile | None) -> None:
     x, w, want = case.tensors()
     with guarded_allocations():
-        got = gemm.partial_products(x, gemm.SkinnyWeight(w), None, tile)
+        got = gemm.partial_products(x, PreparedWeight(w), None, tile)
     near(got.sum(0), want, case.dtype)
 
 
@@ -386,7 +387,7 @@ def test_partial_products(case: Product, tile: gemm.Tile | None) -> None:
 def test_gate_up_silu(case: Product, tile: gemm.Tile | None) -> None:
     x, w, want = case.tensors()
     with guarded_allocations():
-        got = gemm.gate_up_silu(x, gemm.SkinnyWeight(w), None, tile)
+        got = gemm.gate_up_silu(x, PreparedWeight(w), None, tile)
     near(got, silu_mul(want), case.dtype)
 
 
@@ -396,7 +397,7 @@ def test_wide_product(case: Product, splits: int, tile: wide_gemm.WideTile) -> N
     case.k = max(case.k, 1) if splits == 1 else splits * tile.block_k * (1 + case.k % 3)
     x, w, want = case.tensors()
     with guarded_allocations():
-        got = wide_gemm.product(x, w, tile, splits)
+        got = wide_gemm.product(x, PreparedWeight(w), tile, splits)
     near(got, want, case.dtype)
 
 
@@ -406,7 +407,7 @@ def test_fixed_products(case: Product, k: int | None) -> None:
     """Whatever the number of tokens, and whether K is cut or not."""
     case.k, case.n = k or case.k, 2 * case.n
     x, w, want = case.tensors()
-    weight = gemm.SkinnyWeight(w)
+    weight = PreparedWeight(w)
     with guarded_allocations():
         parts, activated, logits = (f(x, weight) for f in (fixed_gemm.product, fixed_gemm.gate_up_silu, fixed_gemm.logits))
     near(parts.sum(0), want, case.dtype)
@@ -419,7 +420,7 @@ def test_fixed_products(case: Product, k: int | None) -> None:
 def test_logits(case: Product) -> None:
     x, w, want = case.tensors()
     with guarded_allocations():
-        got = gemm.logits(x, gemm.SkinnyWeight(w))
+        got = gemm.logits(x, PreparedWeight(w))
     near(got, want, case.dtype)
 
 
@@ -428,5 +429,5 @@ def test_logits(case: Product) -> None:
 def test_gate_up_silu_of_many(case: Product, tile: wide_gemm.WideTile) -> None:
     x, w, want = case.tensors()
     with guarded_allocations():
-        got = wide_gemm.gate_up_silu(x, w, tile)
+        got = wide_gemm.gate_up_silu(x, PreparedWeight(w), tile)
     near(got, silu_mul(want), case.dtype)

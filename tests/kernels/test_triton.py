@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from kernel_cases import DEVICE, DTYPE, attend, cache_of, close, normal, poisoned, rotary, slots_of, unfused
 from llmkit_kernels import activation, decode_attention, gemm, norm, prefill_attention, reference, rope_cache, sampling, wide_gemm
+from llmkit_kernels.prepared import PreparedWeight
 from llmkit_kernels.soft_cap import log2_scores
 
 
@@ -49,7 +50,7 @@ def test_embed_rms_norm(rows: list[int] | None) -> None:
 def test_partial_products_add_up(m: int, n: int, k: int, tile: gemm.Tile | None) -> None:
     x, w = normal(m, k), normal(n, k, scale=k**-0.5)
     tile = tile or gemm.plan(n, k, m)
-    got = gemm.partial_products(x, gemm.SkinnyWeight(w), poisoned(tile.splits, m, n, dtype=torch.float32), tile)
+    got = gemm.partial_products(x, PreparedWeight(w), poisoned(tile.splits, m, n, dtype=torch.float32), tile)
     close(got.sum(0), x.double() @ w.double().T)
 
 
@@ -58,7 +59,7 @@ def test_partial_products_add_up(m: int, n: int, k: int, tile: gemm.Tile | None)
 def test_gate_up_silu(m: int, n: int, k: int) -> None:
     x, w = normal(m, k), normal(n, k, scale=k**-0.5)
     gate, up = (x.double() @ w.double().T).unflatten(1, (-1, 2)).unbind(2)
-    close(gemm.gate_up_silu(x, gemm.SkinnyWeight(w), poisoned(m, n // 2)), torch.nn.functional.silu(gate) * up)
+    close(gemm.gate_up_silu(x, PreparedWeight(w), poisoned(m, n // 2)), torch.nn.functional.silu(gate) * up)
 
 
 @pytest.mark.parametrize("tile", [wide_gemm.WideTile(64, 128, 64, 4, 3), wide_gemm.WideTile(128, 64, 32, 4, 2)])
@@ -66,13 +67,13 @@ def test_gate_up_silu(m: int, n: int, k: int) -> None:
 def test_gate_up_silu_of_many(m: int, n: int, k: int, tile: wide_gemm.WideTile) -> None:
     x, w = normal(m, k), normal(n, k, scale=k**-0.5)
     gate, up = (x.double() @ w.double().T).unflatten(1, (-1, 2)).unbind(2)
-    close(wide_gemm.gate_up_silu(x, w, tile, poisoned(m, n // 2)), torch.nn.functional.silu(gate) * up)
+    close(wide_gemm.gate_up_silu(x, PreparedWeight(w), tile, poisoned(m, n // 2)), torch.nn.functional.silu(gate) * up)
 
 
 @pytest.mark.parametrize("m", [1, 2, 20, 65, 128, 129])
 def test_logits(m: int) -> None:
     x, w = normal(m, 128), normal(1000, 128, scale=0.1)
-    close(gemm.logits(x, gemm.SkinnyWeight(w), poisoned(m, 1000, dtype=torch.float32)), x.double() @ w.double().T)
+    close(gemm.logits(x, PreparedWeight(w), poisoned(m, 1000, dtype=torch.float32)), x.double() @ w.double().T)
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "dim", "size"), [(4, 2, 32, 16), (7, 1, 64, 64), (2, 2, 32, 32)])

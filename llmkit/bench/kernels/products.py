@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from llmkit_kernels import activation, gemm, norm, reference
+from llmkit_kernels.prepared import PreparedWeight
 from torch import Tensor
 
 from llmkit.bench.kernels.work import Inputs, Work
@@ -38,13 +39,13 @@ def head(given: Inputs, m: int) -> Work:
 
 
 def _product(
-    given: Inputs, n: int, k: int, m: int, ours: Callable[[Tensor, gemm.SkinnyWeight], Tensor],
+    given: Inputs, n: int, k: int, m: int, ours: Callable[[Tensor, PreparedWeight], Tensor],
     by_torch: Callable[[Tensor, Tensor], Tensor], after: Callable[[Tensor], Tensor] = lambda y: y,
     result: Callable[[Tensor], Tensor] = torch.clone,
 ) -> Work:  # fmt: skip
     """`after` of the product is what is wanted."""
     x, count = given.normal(m, k), given.copies(n * k * given.dtype.itemsize)
-    weights = [gemm.SkinnyWeight(given.normal(n, k, scale=k**-0.5)) for _ in range(count)]
+    weights = [PreparedWeight(given.normal(n, k, scale=k**-0.5)) for _ in range(count)]
 
     def want() -> Tensor:
         return after(x.float() @ weights[0].weight.float().T)
