@@ -256,6 +256,7 @@ class Engine:
         for request in self.scheduler.unfinished():
             request.status, request.finish_reason = Status.FINISHED, "abort"
         self._flights.clear()
+        self._shortage = Shortage()
         self.rows, self.pool = self._new_rows(), self._new_pool()
         self.scheduler = self._new_scheduler()
         self.runner.attach(self.rows)

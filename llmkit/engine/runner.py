@@ -86,15 +86,13 @@ class Runner:
     @torch.inference_mode()
     def run(self, batch: Batch, schedule: Schedule) -> StepResult:
         """Compute the step's tokens and choose the next ones."""
-        self._copy_blocks(schedule.copies)
+        self._copy_blocks(schedule)
         self._load_rows(schedule)
         hidden = self._forward(batch)
-        asked = self._prompt_logprobs(batch, hidden)
-        pooled = pool(batch, hidden, self.rows)
-        if not batch.sampled.size:
-            return StepResult(None, asked, pooled)
-        logits = self.passes.logits(hidden[self._index(batch.last_tokens)])
-        return StepResult(self._choose(logits, batch), asked, pooled)
+        asked, sampled = self._prompt_logprobs(batch, hidden), None
+        if batch.sampled.size:
+            sampled = self._choose(self.passes.logits(hidden[self._index(batch.last_tokens)]), batch)
+        return StepResult(sampled, asked, pool(batch, hidden, self.rows))
 
     def _choose(self, logits: torch.Tensor, batch: Batch) -> SampledTokens:
         """One token for each of batch.sampled from float32 [R, V]."""
@@ -115,10 +113,12 @@ class Runner:
     def _index(self, indices: np.ndarray) -> torch.Tensor:
         return send(indices, self.device)
 
-    def _copy_blocks(self, copies: list[tuple[int, int]]) -> None:
-        if copies:
-            source, target = self._index(np.array(copies)).unbind(1)
+    def _copy_blocks(self, schedule: Schedule) -> None:
+        """What is left in `copies` afterwards was not made, should the step fail."""
+        if schedule.copies:
+            source, target = self._index(np.array(schedule.copies)).unbind(1)
             self.kv_cache[:, :, target] = self.kv_cache[:, :, source]
+            schedule.copies.clear()
 
     def _load_rows(self, schedule: Schedule) -> None:
         """Unload rows that were given back; load what new ones need: sampling parameters, and their last known token."""

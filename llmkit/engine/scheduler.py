@@ -28,8 +28,8 @@ _PATIENCE = 16  # or after so many steps
 class Schedule:
     """One step: rows int64 [S], the `num_decodes` that compute just their last token first; num_new int32 [S], how many tokens of
     each to compute; owners: the requests; ends: int32 [S], how many of their tokens the KV cache holds afterwards. copies: (from,
-    to) blocks to copy before the step (a fork's last, partly filled block). filled: blocks that prompts fill in this step and
-    others may share at once; borrowers: those that do."""
+    to) blocks still to be copied before the step (a fork's last, partly filled block). filled: blocks that prompts fill in this
+    step and others may share at once; borrowers: those that do."""
 
     rows: np.ndarray
     num_new: np.ndarray
@@ -61,7 +61,7 @@ class Scheduler:
         self.by_priority = by_priority
         self.running: list[Request] = []  # in the order of `_key`
         self._forgotten: dict[int, Request] = {}  # by row: who ran when a step did not fit, and has not been in a step since
-        self._copies: list[tuple[int, int]] = []  # of that step
+        self._copies: dict[Request, tuple[int, int]] = {}  # of that step, those that it did not get to
         self._waiting: list[tuple[tuple[int, int], Request]] = []  # a heap; finished requests are skipped when met
         self._arrivals = 0
         self._group = len(rows.requests) // _GROUPS
@@ -214,7 +214,7 @@ class Scheduler:
         Returns how many of its tokens need not be computed.
         """
         tokens = request.tokens
-        shared, tail = self._find_shared(request, tokens)
+        shared, tail = self._find_shared(request, tokens, result.filled)
         total = -(-len(tokens) // self.pool.block_size)
         needed = total - len(shared)
         if needed > self.pool.num_free - (len(shared) - self.pool.num_held(shared)):
@@ -235,11 +235,11 @@ class Scheduler:
             self.num_hit_tokens += start
         return start
 
-    def _find_shared(self, request: Request, tokens: np.ndarray) -> tuple[list[int], int | None]:
+    def _find_shared(self, request: Request, tokens: np.ndarray, filled: set[int]) -> tuple[list[int], int | None]:
         """Blocks whose contents this request needs and somebody has computed: (full blocks, a partly filled one to copy).
 
         The last token is always computed anew: its logits are wanted. Nothing is shared when those of the whole prompt are,
-        or its hidden states.
+        or its hidden states. filled: by this step, so that they can be shared but not copied before it.
         """
         if request.pooling == "mean":
             return [], None
@@ -248,7 +248,9 @@ class Scheduler:
         size, parent = self.pool.block_size, request.fork_of
         if parent is not None and self._has_computed(parent, len(request.prompt) - 1) and not len(request.generated):
             full, rest = divmod(len(request.prompt) - 1, size)
-            return parent.blocks[:full], parent.blocks[full] if rest else None
+            tail = parent.blocks[full] if rest else None
+            if tail not in filled:
+                return parent.blocks[:full], tail
         if not self.pool.caching:
             return [], None
         request.hashes += hash_blocks(tokens, size, request.hashes)
@@ -285,18 +287,19 @@ class Scheduler:
         rows, size = self.rows, self.pool.block_size
         rows.num_hashed[failed.rows] = np.minimum(rows.num_hashed[failed.rows], rows.num_computed[failed.rows] // size)
         for request in failed.borrowers:
-            self._leave(request)
-            self._enqueue(request)
+            if request.status is Status.RUNNING:  # and was not aborted since
+                self._leave(request)
+                self._enqueue(request)
         self.token_budget = max(1, min(self.token_budget, failed.num_tokens // 2))
         self._forgotten = {r.row: r for r in self.running}
-        self._copies = failed.copies
+        self._copies = {r: copy for r in self.running for copy in failed.copies if copy[1] in r.blocks}
         self.rows.grown.update(self._forgotten)
 
     def _introduce(self, result: Schedule) -> None:
         """Admit those of a step once more whom the runner has forgotten, and repeat copies that were not made."""
         coming = [self._forgotten.pop(row) for row in result.rows.tolist() if row in self._forgotten]
         result.admitted = coming + [r for r in result.admitted if r not in coming]
-        result.copies, self._copies = self._copies + result.copies, []
+        result.copies, self._copies = [*self._copies.values(), *result.copies], {}
 
     def launched(self, schedule: Schedule, sampled: np.ndarray) -> None:
         """A step is under way, and what is launched after it finds its work done: forks of finished prompts may go. sampled: the
@@ -344,6 +347,7 @@ class Scheduler:
     def _leave(self, request: Request) -> None:
         self.running.remove(request)
         self._forgotten.pop(request.row, None)
+        self._copies.pop(request, None)
         self.pool.free(request.blocks)
         request.blocks = []
         self.rows.give_back(request)

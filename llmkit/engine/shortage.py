@@ -21,6 +21,12 @@ if TYPE_CHECKING:
 NOTE = "a step did not fit the device's memory: steps are smaller for a while"
 
 
+def is_shortage(error: RuntimeError) -> bool:
+    """Whether memory ran out: torch has a class for its own allocator's word; the driver's, of a graph or a kernel that finds no
+    room, comes as text."""
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
+
+
 class Shortage:
     """failed: a step that did not fit, until room is made. before: tokens of the last such step, until one fits."""
 
@@ -32,7 +38,9 @@ class Shortage:
         """Run a step; None when it does not fit. The exception ends here: it holds the tensors of the step."""
         try:
             result = engine.runner.run(batch, schedule)
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not is_shortage(error):
+                raise
             self.failed = schedule
             return None
         self.before = 0

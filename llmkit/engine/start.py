@@ -18,6 +18,7 @@ from llmkit.attention.choice import choose
 from llmkit.config import EngineConfig
 from llmkit.engine.engine import Engine
 from llmkit.engine.memory import check_room, device_used, plan_memory
+from llmkit.engine.shortage import is_shortage
 from llmkit.errors import ConfigError, OutOfMemoryError
 from llmkit.models.config import ModelConfig, read_json
 from llmkit.models.decoder import Decoder
@@ -77,7 +78,9 @@ def start_engine(config: EngineConfig, report: StartupReport | None = None) -> S
     """
     try:
         return _start(config, report or StartupReport())
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not is_shortage(error):
+            raise
         said = str(error)  # not the error itself: it would keep what was loaded
     raise OutOfMemoryError(f"the device's memory ran out while the engine started: {said}",
                            "close what is not used (llm.close(), other notebooks), or lower gpu_memory_utilization")  # fmt: skip

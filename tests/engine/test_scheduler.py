@@ -59,7 +59,7 @@ class ShadowRunner:
     def __init__(self, rows: Rows, max_tokens: int, chains: int, mixed_tokens: int | None) -> None:
         self.max_tokens, self.chains, self.mixed_tokens = max_tokens, chains, mixed_tokens
         self.cache: dict[int, bytes] = {}
-        self.num_chained = self.num_mixed = self.failures = self.num_failed = 0
+        self.num_chained = self.num_mixed = self.failures = self.num_failed = self.num_copies = 0
         self.attach(rows)
 
     def attach(self, rows: Rows) -> None:
@@ -73,10 +73,15 @@ class ShadowRunner:
 
     def run(self, batch: Batch, schedule: Schedule) -> StepResult:
         self.rows.released.clear()
+        if self.failures == 2:
+            self.fail(batch)
         size = self.rows.block_size
+        assert len({target for _, target in schedule.copies}) == len(schedule.copies), "which of two copies remains is chance"
         for source, target in schedule.copies:
             for i in range(size):
                 self.cache[target * size + i] = self.cache.get(source * size + i, b"")
+        self.num_copies += len(schedule.copies)
+        schedule.copies.clear()
         pending = self.rows.num_pending[batch.rows] > 0
         prefixes = [self.said[row] if on_its_way else self.known(row) for row, on_its_way in zip(batch.rows.tolist(), pending)]
         self.num_chained += pending.any()
@@ -89,15 +94,19 @@ class ShadowRunner:
         self.check_layout(batch, prefixes, {r.row for r in schedule.borrowers})
         spans = list(enumerate(self.spans(batch, prefixes)))
         self.write_and_read(batch, spans[: batch.num_decodes])
-        if self.failures and batch.num_tokens > 1:
-            self.failures -= 1
-            self.num_failed += 1
-            raise torch.OutOfMemoryError("out of memory")
+        self.fail(batch)
         self.write_and_read(batch, spans[batch.num_decodes :])
         tokens = [next_token(prefixes[i]) for i in batch.sampled]
         self.said |= {int(batch.rows[i]): prefixes[i] + bytes([t]) for i, t in zip(batch.sampled, tokens)}
         top: Any = SaidTokens(tokens)
         return StepResult(SampledTokens(torch.tensor(tokens), top) if tokens else None, [])
+
+    def fail(self, batch: Batch) -> None:
+        """Once or twice, if that was asked: the first of two before anything was done, the other in the middle."""
+        if self.failures and batch.num_tokens > 1:
+            self.failures -= 1
+            self.num_failed += 1
+            raise torch.OutOfMemoryError("out of memory")
 
     def write_and_read(self, batch: Batch, spans: list[tuple[int, tuple[bytes, int, int, int]]]) -> None:
         size = self.rows.block_size
@@ -148,7 +157,6 @@ class House:
     chains: int = 0
     mixed: int | None = None
     everybody: list[Request] = field(default_factory=list)
-    num_copies: int = 0
     num_borrowers: int = 0
     before: deque[tuple[Request | None, bool]] = field(default_factory=lambda: deque([(None, False)] * 2, 2))
 
@@ -193,7 +201,6 @@ class House:
         if output is not None:
             chunk = self.chunk_limit or self.budget
             assert output.batch.num_new.max() <= chunk
-            self.num_copies += len(output.schedule.copies)
             self.num_borrowers += len(output.schedule.borrowers)
             roomy &= self.engine.scheduler.token_budget == self.budget
             # a step that was launched ahead was planned up to two steps before, when another may have been the first
@@ -325,7 +332,7 @@ def test_such_loads_do_preempt_share_and_copy():
     stats = house.engine.stats()
     assert stats["preemptions"] > 0
     assert stats["prefix_cache_hits"] > 0
-    assert house.num_copies > 0
+    assert house.runner.num_copies > 0
     assert any(r.metrics.num_preemptions for r in house.everybody)
 
 
@@ -364,6 +371,65 @@ def test_what_a_failed_step_promised_is_known_when_it_is_computed():
         house.drain()
     assert house.engine.stats()["prefix_cache_hits"] == 16
     house.check_answers(set())
+
+
+def test_who_leaves_before_room_is_made_is_not_missed():
+    """A step launched ahead does not fit, and until those before it have ended, borrowers and forks of it are aborted."""
+    house = House(num_blocks=60, block_size=4, num_rows=8, budget=64, chains=2)
+    parent, *forks = house.add([0, 1, 1], 9, n=3)
+    house.runner.failures = 0
+    house.step()  # the forks come with the next
+    for tail in ([0], [1, 1], [0, 0, 1, 1, 0]):
+        house.add([0, 1] * 8 + tail, 5)
+    house.runner.failures = 2
+    house.step()
+    failed = house.engine._shortage.failed
+    assert failed is not None
+    assert failed.borrowers
+    gone = [failed.borrowers[0], forks[0]]
+    house.engine.abort(gone)
+    house.add([1, 1, 1, 0, 1], 4, n=3)
+    house.drain()
+    house.check_answers({id(r) for r in gone})
+    assert parent.finish_reason != "abort"
+
+
+def test_recover_forgets_a_step_that_did_not_fit():
+    house = House(num_blocks=60, block_size=4, num_rows=8, budget=64, chains=2)
+    house.add([0, 1, 1], 9)
+    house.step()
+    for tail in ([0], [1, 1]):
+        house.add([0, 1] * 8 + tail, 5)
+    house.runner.failures = 1
+    house.step()
+    assert house.engine._shortage.failed is not None
+    house.engine.recover()
+    house.everybody.clear()
+    for tail in ([0], [1, 1]):
+        house.add([0, 1] * 8 + tail, 5)
+    house.drain()
+    house.check_answers(set())
+    assert house.engine.scheduler.token_budget == house.budget
+
+
+def test_a_fork_does_not_copy_what_its_step_is_yet_to_fill():
+    """A parent that had begun to answer comes back, and borrows its whole prompt from one that asks the same beside it."""
+    house = House(num_blocks=60, block_size=4, num_rows=3, budget=64)
+    prompt = [2, 2, 2, 2, 2, 0, 0]  # its answer is long
+    before, other, (parent, fork) = house.add([3, 3, 1], 12)[0], house.add(prompt, 12)[0], house.add(prompt, 12, n=2)
+    for _ in range(3):
+        house.step()
+    assert [r.status for r in (before, other, parent, fork)] == [Status.RUNNING] * 3 + [Status.WAITING]
+    for request in (parent, other):
+        house.engine.scheduler._preempt(request)
+    assert len(parent.generated) >= 2
+    house.engine.abort([before])
+    house.engine.pool.forget_all()
+    house.runner.cache.clear()
+    house.step()
+    assert house.num_borrowers == 3, "the parent twice, the fork once"
+    house.drain()
+    house.check_answers({id(before)})
 
 
 def test_a_fork_never_copies_from_a_parent_that_starts_again():

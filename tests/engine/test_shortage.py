@@ -5,10 +5,12 @@ from __future__ import annotations
 import random
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from llmkit import LLM, SamplingParams
+from llmkit.engine.request import Request
 from llmkit.engine.shortage import NOTE
 from llmkit.errors import OutOfMemoryError
 
@@ -91,11 +93,36 @@ def test_steps_grow_again(llm, monkeypatch):
 
 
 def _no_rows() -> Any:
-    import numpy as np
-
     from llmkit.engine.scheduler import Schedule
 
     return Schedule(np.empty(0, np.int64), np.empty(0, np.int32))
+
+
+def test_a_mean_counts_each_chunk_once(dummy_folder, monkeypatch):
+    """The step that computes one has no room for the logits of another request."""
+    options: dict[str, Any] = {"load_format": "dummy", "max_model_len": 128, "kv_cache_memory": 0.02, "dtype": "float32"}
+    prompt = np.arange(100, dtype=np.int32) % 50 + 5
+    embedding = lambda: Request("vector", prompt, SamplingParams(), max_total=100, pooling="mean")
+    with LLM(dummy_folder, max_num_batched_tokens=16, max_num_seqs=4, **options) as llm:
+        engine, alone, beside = llm._engine, embedding(), embedding()
+        engine.add(alone)
+        while not alone.finished:
+            engine.step()
+        logits, failed = type(engine.runner.passes).logits, []
+
+        def short(self, hidden, *out):
+            if len(failed) < 2 and engine.rows.num_computed[beside.row] > 20:
+                failed.append(len(hidden))
+                raise RuntimeError("Triton Error [CUDA]: out of memory")
+            return logits(self, hidden, *out)
+
+        monkeypatch.setattr(type(engine.runner.passes), "logits", short)
+        engine.add(Request("answer", prompt[:3], SHORT, max_total=40))
+        engine.add(beside)
+        while engine.has_work:
+            engine.step()
+        assert len(failed) == 2
+        np.testing.assert_allclose(beside.embedding, alone.embedding, atol=1e-5)
 
 
 def test_when_not_one_token_fits_it_is_said_and_the_next_call_works(llm, monkeypatch):
