@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import threading
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -45,6 +46,9 @@ class FairLock:
             self._room.release()
 
 
+_on_gpus: weakref.WeakSet[Driver] = weakref.WeakSet()  # that are open
+
+
 class Driver:
     """Owns a started engine. Every method may be called from any thread; `submit` and `leave` never wait for a step."""
 
@@ -57,6 +61,8 @@ class Driver:
         self._mail: deque[Callable[[], None]] = deque()
         self._thread: threading.Thread | None = None
         self._wake = threading.Event()
+        if started.engine.model.device.type == "cuda":
+            _on_gpus.add(self)
 
     @property
     def started(self) -> Started:
@@ -183,15 +189,20 @@ class Driver:
             self.closed = True
             self._read_mail()
             self._end(set(self._jobs.values()), EngineClosedError("this LLM was closed while it answered"))
-            on_gpu = self._engine.model.device.type == "cuda"
             self._started = None
         self._wake.set()
         gc.collect()
-        if on_gpu:
-            import torch
+        if self in _on_gpus:
+            _on_gpus.discard(self)
+            _give_gpu_memory_back()
 
-            torch._C._cuda_clearCublasWorkspaces()  # they were allocated for this engine's streams
-            torch.cuda.empty_cache()
+
+def _give_gpu_memory_back() -> None:
+    import torch
+
+    if not _on_gpus:  # cuBLAS's workspaces, for the engines' streams: the graphs of others that are open write to theirs
+        torch._C._cuda_clearCublasWorkspaces()
+    torch.cuda.empty_cache()
 
 
 def _closed() -> EngineClosedError:

@@ -10,7 +10,7 @@ import weakref
 import pytest
 from own_process import environment
 
-from llmkit import LLM, SamplingParams
+from llmkit import LLM, SamplingParams, driver
 from llmkit.errors import ConfigError
 
 SHORT = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
@@ -140,3 +140,16 @@ time.sleep(0.2)
 sys.exit(3)
 """
     ends_quietly(code, dummy_folder, expect=3)
+
+
+def test_only_the_last_engine_on_a_gpu_clears_what_the_graphs_of_others_write_to(dummy_folder, monkeypatch):
+    """cuBLAS's workspaces, which are of all streams at once. Here the engines only pretend to be on one."""
+    cleared: list[int] = []
+    monkeypatch.setattr("torch._C._cuda_clearCublasWorkspaces", lambda: cleared.append(len(driver._on_gpus)), raising=False)
+    a, b = load(dummy_folder), load(dummy_folder)
+    driver._on_gpus.update((a._driver, b._driver))
+    a.close()
+    a.close()
+    assert not cleared
+    b.close()
+    assert cleared == [0]

@@ -62,10 +62,10 @@ def gate_up_silu(x: Tensor, w: PreparedWeight) -> Tensor:
     return wide_gemm.gate_up_silu(x, w, _many(True, 1, m))
 
 
-def logits(x: Tensor, w: PreparedWeight) -> Tensor:
+def logits(x: Tensor, w: PreparedWeight, out: Tensor | None = None) -> Tensor:
     """x [M, K] · W [vocabulary, K]ᵀ as fp32 [M, vocabulary]."""
     (m, k), n = x.shape, w.weight.shape[0]
-    out = torch.empty(m, n, dtype=torch.float32, device=x.device)
+    out = torch.empty(m, n, dtype=torch.float32, device=x.device) if out is None else out
     for first in range(0, m, MOST_TOKENS):
         part = x[first : first + MOST_TOKENS]
         gemm.partial_products(part, w, out[None, first : first + len(part)], _few(n, k, len(part), 1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import functools
 import os
 import threading
@@ -96,7 +97,11 @@ def compile_ahead(body: Callable[[], object]) -> None:
 
         JITFunction.run = compile_or_run
         try:
-            with ThreadPoolExecutor(os.cpu_count()) as threads, triton.AsyncCompileMode(threads, ignore_errors=True):
-                body()
+            contextvars.copy_context().run(_side_by_side, body)  # Triton would stay in the mode after an interrupt
         finally:
             JITFunction.run = run
+
+
+def _side_by_side(body: Callable[[], object]) -> None:
+    with ThreadPoolExecutor(os.cpu_count()) as threads, triton.AsyncCompileMode(threads, ignore_errors=True):
+        body()

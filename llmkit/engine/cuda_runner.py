@@ -61,6 +61,7 @@ class CudaRunner(Runner):
         self.enforce_eager = enforce_eager
         super().__init__(model, rows, num_blocks, max_tokens, dtype)
         self.passes = self.fused = FixedForward(model) if isinstance(self.backend, FixedBackend) else FusedForward(model)
+        self._logits = torch.empty(len(rows.requests), model.config.vocab_size, device=self.device)  # of whichever graph ran last
         self._replays_prompts = not isinstance(self.backend, FlashBackend)  # which computes prompts itself
 
     def attach(self, rows: Rows) -> None:
@@ -72,7 +73,9 @@ class CudaRunner(Runner):
         self.last_token = self.state.last_token
         self.drawing = Drawing(self.state, rows, self.sampling)
         self.graphs = DecodeGraphs(self._decode, self.state, count, self.enforce_eager, self._compile)
-        self.prompts = PromptGraphs(lambda ids, step: self.fused.forward(ids, step), backend, self.state, self.enforce_eager)
+        embedding = self.model.embedding.weight
+        hidden = None if self.enforce_eager else embedding.new_empty(prompt_graphs.TOKENS[-1], embedding.shape[1])
+        self.prompts = PromptGraphs(lambda ids, step: self.fused.forward(ids, step), backend, self.state, hidden)
         self._compiled: set[prompt_graphs.Size | None] = set()  # sizes of steps with prompts; None: larger ones
 
     @property
@@ -85,11 +88,9 @@ class CudaRunner(Runner):
         """As `Runner.run`."""
         if batch.num_decodes < len(batch.rows):
             return super().run(batch, schedule)
-        self._copy_blocks(schedule.copies)
+        self._copy_blocks(schedule)
         self._load_rows(schedule)
         self._send_tables()
-        if schedule.admitted:  # a cached prompt whose last token alone is computed: its position was never set
-            self._set_positions(batch.rows, batch.context_lens)
         token_ids, logits = self.graphs.run(batch.rows, self.drawing.work(batch.rows))
         return StepResult(self._finish(token_ids, logits, batch.rows), [])
 
@@ -126,19 +127,15 @@ class CudaRunner(Runner):
             self.rows.grown.clear()
             self.state.update_tables(rows, self.rows.block_table[rows])
 
-    def _set_positions(self, rows: np.ndarray, context_lens: np.ndarray) -> None:
-        self.state.position[self._index(rows)] = self._index(context_lens.astype(np.int64) - 1)
-
     def _decode(self, rows: Tensor, work: Work) -> tuple[Tensor, Tensor]:
         """The body of a graph: one token of each row."""
         state = self.state
         step = self.decoding.prepare_decode(state.position, state.block_table, rows)
-        logits = self.fused.decode(state.last_token, rows, step)
+        logits = self.fused.decode(state.last_token, rows, step, self._logits[: len(rows)])
         return self.drawing.draw(logits, rows, work), logits
 
     def _choose(self, logits: Tensor, batch: Batch) -> SampledTokens:
         rows = batch.rows[batch.sampled]
-        self._set_positions(rows, batch.context_lens[batch.sampled])
         return self._finish(self.drawing.draw(logits, self._index(rows), self.drawing.work(rows)), logits, rows)
 
     def steps_ahead(self, batch: Batch) -> int:

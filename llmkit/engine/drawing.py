@@ -36,7 +36,7 @@ class Work(IntEnum):
 
 
 class Drawing:
-    """Chooses tokens on the device; `load` when requests get their rows."""
+    """Chooses tokens on the device; `load` when requests get their rows. From then on each draw moves their position on."""
 
     def __init__(self, state: DeviceRows, rows: Rows, sampling_rows: SamplingRows) -> None:
         self.state, self.rows, self.sampling = state, rows, sampling_rows
@@ -49,7 +49,8 @@ class Drawing:
         self._work = np.zeros(count, np.int8)
 
     def load(self, requests: Sequence[Request]) -> None:
-        """Take over the parameters of requests whose rows are new. Rows of torch's road ask for nothing here."""
+        """Take over the parameters of requests whose rows are new, and where their newest tokens stand. Rows of torch's road ask
+        for nothing here."""
         ids = np.array([r.row for r in requests])
         by_torch = _mask(self.by_torch(ids), len(ids))
         s, cuts = self.sampling, self.cuts
@@ -59,9 +60,10 @@ class Drawing:
         top_k = np.where(cutting & (s.top_k.host[ids] < s.vocab_size), s.top_k.host[ids], filters.NO_LIMIT)
         top_p = np.where(cutting, s.top_p.host[ids], np.float32(1))
         furthest = [filters.furthest(float(p)) if cut else filters.NO_LIMIT for p, cut in zip(s.min_p.host[ids], cutting)]
-        # two copies instead of six: each costs the host ten microseconds or more, for which a first token waits
-        at, seeds = self._send(np.stack((ids, [r.seed & (2**62 - 1) for r in requests]))).unbind(0)
-        self.state.seed[at] = seeds
+        # two copies instead of seven: each costs the host ten microseconds or more, for which a first token waits
+        seeds, newest = [r.seed & (2**62 - 1) for r in requests], self.rows.num_tokens[ids].astype(np.int64) - 1
+        at, seeds, newest = self._send(np.stack((ids, seeds, newest))).unbind(0)
+        self.state.seed[at], self.state.position[at] = seeds, newest
         numbers = np.stack((temperature.view(np.int32), top_k, top_p.view(np.int32), furthest)).astype(np.int32)
         for mine, sent in zip((self.state.temperature, cuts.top_k, cuts.top_p, cuts.furthest), self._send(numbers).unbind(0)):
             mine[at] = sent.view(mine.dtype)

@@ -9,6 +9,7 @@ row that nobody owns.
 from __future__ import annotations
 
 import bisect
+import threading
 import time
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -20,6 +21,7 @@ from torch import Tensor
 from llmkit.transfer import fill, send
 
 T = TypeVar("T")
+_capturing = threading.Lock()
 SIZES = [1, 2, 4, 8, 12, 16, 24, 32, 40, 48, 56, 64, *range(80, 257, 16), *range(288, 1025, 32)]
 
 
@@ -45,17 +47,23 @@ class DeviceRows:
 def capture(body: Callable[[], T], side: torch.cuda.Stream | None, pool: Any = None) -> tuple[torch.cuda.CUDAGraph, T]:
     """Run the body once, so that kernels are compiled and workspaces there, then record it: (graph, what the body returned).
 
-    side: the one stream for all of this, because cuBLAS keeps a workspace of 32 MiB for every stream it has seen.
+    side: the one stream for all of this, because cuBLAS keeps a workspace of 32 MiB for every stream it has seen. Other threads
+    may go on, but not capture: that begins with a wait for the whole device, which the capture under way would not survive.
     """
     if side is None:
         raise RuntimeError("only a GPU captures graphs")
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        body()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool, stream=side):
-        results = body()
+    graph, usual = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    with _capturing:
+        side.wait_stream(usual)
+        with torch.cuda.stream(side):
+            body()
+        usual.wait_stream(side)
+        try:
+            with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
+                results = body()
+        except BaseException:
+            torch.cuda.set_stream(usual)  # torch leaves the other one where it cannot end a capture
+            raise
     return graph, results
 
 
@@ -104,9 +112,11 @@ class DecodeGraphs:
         begin = time.perf_counter()
         keep = self.rows[:size].clone()
         self.rows[:size] = self.state.num_rows
-        self.compile(lambda: self.body(self.rows[:size], work))
-        captured = capture(lambda: self.body(self.rows[:size], work), self.state.side, self._pool)
+        try:
+            self.compile(lambda: self.body(self.rows[:size], work))
+            captured = capture(lambda: self.body(self.rows[:size], work), self.state.side, self._pool)
+        finally:
+            self.rows[:size] = keep
         self._pool = self._pool or captured[0].pool()
-        self.rows[:size] = keep
         self.capture_seconds[size, work] = time.perf_counter() - begin
         return captured

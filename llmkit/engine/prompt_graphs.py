@@ -75,15 +75,15 @@ def _next(sizes: Sequence[int], count: int) -> int | None:
 class PromptGraphs:
     """Captured steps by size.
 
-    body: (ids int64 [T], step) -> hidden states [T, hidden]; reads the device rows and changes none. eager: capture nothing, but
-    compute the same.
+    body: (ids int64 [T], step) -> hidden states [T, hidden]; reads the device rows and changes none. hidden: where all graphs
+    leave these, for each would else keep its own; None: capture nothing, but compute the same.
     """
 
     def __init__(
-        self, body: Callable[[Tensor, TritonStep], Tensor], backend: TritonBackend, state: DeviceRows, eager: bool
+        self, body: Callable[[Tensor, TritonStep], Tensor], backend: TritonBackend, state: DeviceRows, hidden: Tensor | None
     ) -> None:
-        self.body, self.backend, self.state, self.eager = body, backend, state, eager
-        self._graphs: dict[Size, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self.body, self.backend, self.state, self.hidden = body, backend, state, hidden
+        self._graphs: dict[Size, torch.cuda.CUDAGraph] = {}
         self._pool = None
         largest = Size(TOKENS[-1], DECODES[-1], PROMPTS[-1])
         self._numbers = torch.zeros(largest.numbers, dtype=torch.int64, device=state.position.device)
@@ -94,13 +94,13 @@ class PromptGraphs:
 
     def run(self, size: Size) -> Tensor:
         """The step that was loaded: hidden states [size.tokens, hidden]; the next step overwrites them."""
-        if self.eager:
+        if self.hidden is None:
             return self.compute(size)
+        hidden = self.hidden[: size.tokens]
         if size not in self._graphs:
-            self._graphs[size] = capture(lambda: self.compute(size), self.state.side, self._pool)
-            self._pool = self._pool or self._graphs[size][0].pool()
-        graph, hidden = self._graphs[size]
-        graph.replay()
+            self._graphs[size], _ = capture(lambda: hidden.copy_(self.compute(size)), self.state.side, self._pool)
+            self._pool = self._pool or self._graphs[size].pool()
+        self._graphs[size].replay()
         return hidden
 
     def compute(self, size: Size) -> Tensor:

@@ -19,10 +19,10 @@ class Embedding:
 
 
 class LMHead:
-    """hidden [R, hidden] -> logits float32 [R, vocab]; float32 so that sampling never rounds."""
+    """hidden [R, hidden] -> logits float32 [R, vocab], in `out` if it is given; float32 so that sampling never rounds."""
 
     def __init__(self, weight: Tensor) -> None:
         self.project = Linear(weight)
 
-    def __call__(self, hidden: Tensor) -> Tensor:
-        return self.project.in_float32(hidden)
+    def __call__(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        return self.project.in_float32(hidden, out)

@@ -20,8 +20,9 @@ class Linear:
     def __call__(self, x: Tensor) -> Tensor:
         return self.run(x)
 
-    def in_float32(self, x: Tensor) -> Tensor:
-        """x Wᵀ as float32 [T, out]; on a GPU it is never rounded to the weight's dtype."""
+    def in_float32(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """x Wᵀ as float32 [T, out], in `out` if it is given; on a GPU it is never rounded to the weight's dtype."""
         if self.weight is None or not x.is_cuda or x.dtype == torch.float32:
-            return self.run(x).float()
-        return torch.mm(x, self.weight.t(), out_dtype=torch.float32)
+            y = self.run(x).float()
+            return y if out is None else out.copy_(y)
+        return torch.mm(x, self.weight.t(), out_dtype=torch.float32, out=out)

@@ -75,9 +75,9 @@ class Decoder:
             x, residual = layer(x, residual, step)
         return self.norm.add(x, residual)[0]
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [R, hidden] -> float32 [R, vocab]."""
-        return self.lm_head(hidden)
+    def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        """hidden [R, hidden] -> float32 [R, vocab], in `out` if it is given."""
+        return self.lm_head(hidden, out)
 
 
 class _Loader:

@@ -19,19 +19,19 @@ from llmkit.models.fused import FusedForward
 class FixedForward(FusedForward):
     """Steps of any kind and size go the one way."""
 
-    def decode(self, tokens: Tensor, rows: Tensor, step: TritonStep) -> Tensor:
+    def decode(self, tokens: Tensor, rows: Tensor, step: TritonStep, out: Tensor) -> Tensor:
         """As its parent."""
         assert isinstance(step, FixedStep)  # of the back end that goes with this
-        return self.logits(self._layers(tokens, rows, step.attend_all))
+        return self.logits(self._layers(tokens, rows, step.attend_all), out)
 
     def forward(self, input_ids: Tensor, step: TritonStep) -> Tensor:
         """As `Decoder.forward`."""
         assert isinstance(step, FixedStep)
         return self._layers(input_ids, None, step.attend_all)
 
-    def logits(self, hidden: Tensor) -> Tensor:
+    def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
         """As its parent."""
-        return fixed_gemm.logits(hidden, self.head)
+        return fixed_gemm.logits(hidden, self.head, out)
 
     @staticmethod
     def _gate_up(x: Tensor, weight: PreparedWeight) -> Tensor:

@@ -59,9 +59,10 @@ class FusedForward:
         finally:
             self.layers, self.model.layers = mine, all_of_them
 
-    def decode(self, tokens: Tensor, rows: Tensor, step: TritonStep) -> Tensor:
-        """tokens int64 [R], the newest of each row; rows int64 [B], those that take part -> logits fp32 [B, vocabulary]."""
-        return self.logits(self._layers(tokens, rows, step.decode))
+    def decode(self, tokens: Tensor, rows: Tensor, step: TritonStep, out: Tensor) -> Tensor:
+        """tokens int64 [R], the newest of each row; rows int64 [B], those that take part -> logits in `out`, fp32
+        [B, vocabulary]."""
+        return self.logits(self._layers(tokens, rows, step.decode), out)
 
     def forward(self, input_ids: Tensor, step: TritonStep) -> Tensor:
         """As `Decoder.forward`."""
@@ -69,9 +70,9 @@ class FusedForward:
             return self.model.forward(input_ids, step)
         return self._layers(input_ids, None, step.prefill)
 
-    def logits(self, hidden: Tensor) -> Tensor:
+    def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
         """hidden [R, hidden] -> fp32 [R, vocabulary]."""
-        return gemm.logits(hidden, self.head) if len(hidden) <= gemm.MOST_TOKENS else self.model.logits(hidden)
+        return gemm.logits(hidden, self.head, out) if len(hidden) <= gemm.MOST_TOKENS else self.model.logits(hidden, out)
 
     def _layers(self, tokens: Tensor, rows: Tensor | None, attend: Attend) -> Tensor:
         first = self.layers[0][0].input_norm

@@ -178,6 +178,32 @@ def test_prompts_that_come_together_share_their_beginning(gpu, plain):
     assert gpu.stats()["prefix_cache_hits"] == 2 * 16
 
 
+def test_the_device_knows_where_each_newest_token_stands(on_the_gpu, folder, plain, monkeypatch):
+    """Whenever a token is drawn: also for a prompt whose last chunk is one token, alone in its step, on a row used before."""
+    lengths, seen = (5, 16, 17, 33, 1, 18, 49), []
+    prompts = [[3 + (7 * i) % 90 for i in range(n)] for n in lengths]
+    each = [PENALISED.clone(max_tokens=n) for n in (9, 3, 1, 4, 2, 5, 6)]
+    with load(folder, max_num_batched_tokens=16, max_num_seqs=3, enable_prefix_caching=False, num_kv_blocks=5) as llm:
+        runner = llm._engine.runner
+        run = runner.run
+
+        def watch(batch, schedule):
+            result = run(batch, schedule)
+            rows = batch.rows[batch.sampled]  # a draw has moved each on by one
+            seen.append((runner.state.position[rows].tolist(), batch.context_lens[batch.sampled].tolist(), batch.num_decodes))
+            return result
+
+        monkeypatch.setattr(runner, "run", watch)
+        assert said(llm, each, prompts) == said(plain, each, prompts)
+        assert all(there == expected for there, expected, _ in seen)
+        seen.clear()
+        for prompt in prompts:
+            said(llm, GREEDY, [prompt])
+        assert all(there == expected for there, expected, _ in seen)
+        assert ([17], [17], 1) in seen, "a chunk of one token takes the way of those that decode"
+        assert llm.stats()["preemptions"] > 0
+
+
 def test_steps_with_prompts_are_replayed(gpu, plain):
     """Prompts alone, and beside sequences that decode: the same tokens when they are captured and later."""
     each = [GREEDY.clone(max_tokens=n) for n in (9, 2, 3, 2, 3, 4)]

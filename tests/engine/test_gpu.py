@@ -128,6 +128,26 @@ def test_other_shapes_nearly_agree(folder, prompts, expected, options):
         assert llm.stats()["kv_blocks_free"] == llm.stats()["kv_blocks_total"]
 
 
+def test_a_last_chunk_of_one_token_alone_in_its_step(folder, prompts):
+    """It takes the way of those that decode, on rows that others have used."""
+    ragged = [p[: 1 + 16 * (len(p) // 16)] for p in prompts if len(p) > 16]
+    with engine(folder) as llm, engine(folder, max_num_batched_tokens=16, max_num_seqs=8) as small:
+        answers, expected = ([tokens(x, [p])[0] for p in ragged] for x in (small, llm))
+        assert agreement(answers, expected) >= 0.75
+        assert [a[0] for a in answers] == [e[0] for e in expected]
+
+
+def test_closing_one_engine_leaves_the_other_what_its_graphs_use(folder, prompts, expected):
+    with engine(folder) as llm:
+        before = [tokens(llm, [p])[0] for p in prompts]
+        for _ in range(2):
+            with engine(folder) as other:
+                assert tokens(other, prompts) == expected
+            taken = torch.full((256 << 20,), 255, dtype=torch.uint8, device="cuda")  # where anything freed was
+            assert [tokens(llm, [p])[0] for p in prompts] == before
+            del taken
+
+
 def test_one_step_at_a_time_says_the_same(folder, prompts, expected):
     """A logprob makes the host wait for each token, so nothing is launched ahead."""
     with engine(folder) as llm:

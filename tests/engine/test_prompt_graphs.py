@@ -90,7 +90,7 @@ def test_a_padded_step_attends_as_the_reference(sequences, decodes, backend, mon
         seen.update(ids=ids, out=step.attend_all(layer, padded.float()[None], out, None) if fixed else step.attend(layer, padded))
         return seen["out"]
 
-    graphs = PromptGraphs(body, backend(cache, rotary, HEADS), state, eager=True)
+    graphs = PromptGraphs(body, backend(cache, rotary, HEADS), state, None)
     size = size_of(batch)
     assert size is not None
     assert size.decodes >= decodes

@@ -6,8 +6,10 @@ A driver that only names the architecture stands in for the real one, and a laun
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
+from unittest import mock
 
 import torch
 from llmkit_kernels import (
@@ -131,9 +133,21 @@ def compiled_ahead() -> dict[str, list[bool]]:
     run = launch.JITFunction.run
     caches = lambda: {name: bool(kernel.device_caches[0][0]) for name, kernel in seen.items()}
     before = caches()
+    interrupt_compiling()
     launch.compile_ahead(others)
     assert launch.JITFunction.run is run, "as it was"
     return {name: [before[name], after] for name, after in caches().items()}
+
+
+def interrupt_compiling() -> None:
+    """Somebody presses stop while it waits for compilers: whatever is compiled later does not notice."""
+
+    def interrupted(futures: object) -> None:
+        raise KeyboardInterrupt
+
+    with mock.patch("triton.runtime._async_compile.as_completed", interrupted), contextlib.suppress(KeyboardInterrupt):
+        launch.compile_ahead(lambda: activation.silu_mul_pairs(empty(4, 514)))
+        raise AssertionError("not interrupted")
 
 
 if __name__ == "__main__":
