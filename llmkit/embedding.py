@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from llmkit.errors import InvalidRequestError, LlmkitError
+from llmkit.errors import EngineError, InvalidRequestError, LlmkitError
 from llmkit.outputs import EmbeddingOutput
 
 if TYPE_CHECKING:
@@ -43,6 +43,9 @@ class EmbeddingJob:
 
         request = self.requests[0]
         vector = request.embedding
+        if request.finish_reason == "error":
+            raise EngineError(f"{request.id} has no embedding: the model's numbers broke (NaN or infinite)",
+                              "a dtype with a wider range, bfloat16 or float32, or a model whose weights are whole")  # fmt: skip
         if vector is None:
             raise LookupError(f"{request.id} has no embedding: it ended by {request.finish_reason}")
         if self.normalize:

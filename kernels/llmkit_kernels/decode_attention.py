@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from llmkit_kernels.launch import cdiv, next_power_of_2, num_sms, pdl, shared_memory
+from llmkit_kernels.launch import cdiv, finite, next_power_of_2, num_sms, pdl, shared_memory
 from llmkit_kernels.soft_cap import log2_scores
 
 _GROUP = tl.constexpr(4)  # partial results that are read at once
@@ -182,10 +182,11 @@ def _decode_part(
         v1 = v1.to(DTYPE)
         block = tl.load(table + position // BLOCK_SIZE).to(tl.int64)
         row = ((block * G + g) * BLOCK_SIZE + position % BLOCK_SIZE) * D
-        if block > 0:  # the padding block stays as it is: others read it, and a NaN there would reach them, masked or not
-            tl.store(k_cache + row + halves[None, :], ka1)
-            tl.store(k_cache + row + D // 2 + halves[None, :], kb1)
-            tl.store(v_cache + row + dims, v1)
+        if block > 0:  # the padding block stays as it is; and a value that broke is kept as in `_rope_cache`
+            broken = tl.min(finite(v1).to(tl.int32), axis=0) == 0
+            tl.store(k_cache + row + halves[None, :], tl.where(broken, float("nan"), ka1).to(DTYPE))
+            tl.store(k_cache + row + D // 2 + halves[None, :], tl.where(broken, float("nan"), kb1).to(DTYPE))
+            tl.store(v_cache + row + dims, tl.where(finite(v1), v1, 0.0).to(DTYPE))
         score = tl.sum(qa.to(tl.float32) * ka1.to(tl.float32), axis=1) + tl.sum(qb.to(tl.float32) * kb1.to(tl.float32), axis=1)
         score = log2_scores(score, scale, CAP)
         new_high = tl.maximum(high, score)

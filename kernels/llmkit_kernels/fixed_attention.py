@@ -63,7 +63,7 @@ def _tiles(
     ones = tl.full([_KEYS, totals.shape[1]], 1.0, DTYPE)
     for at in range(first, last, _KEYS):
         block = ahead
-        ahead = _block_of(table, at + _KEYS, context, BLOCK_SIZE, _KEYS, BLOCK_SIZE >= _KEYS)
+        ahead = _block_of(table, at + _KEYS, context, BLOCK_SIZE, _KEYS, BLOCK_SIZE % 64 == 0)
         k = _load_tile(k_cache, k_desc, block, g, at, G, D, BLOCK_SIZE, _KEYS, TMA)
         products = tl.dot(query, tl.trans(k))
         if MASKED:
@@ -138,7 +138,7 @@ def _fixed_prefill(
         start = tl.maximum(0, done + first + 1 - window) // _KEYS * _KEYS
     table = block_tables + s * table_stride
     paged = table, context, g, k_cache, v_cache, k_desc, v_desc
-    ahead = _block_of(table, start, context, BLOCK_SIZE, _KEYS, BLOCK_SIZE >= _KEYS)
+    ahead = _block_of(table, start, context, BLOCK_SIZE, _KEYS, BLOCK_SIZE % 64 == 0)
     acc, total, high = _empty(QUERIES, D)
     for chunk in range(start // _CHUNK, tl.cdiv(last, _CHUNK)):
         later, later_total, later_high, ahead = _chunk(
@@ -171,7 +171,7 @@ def _fixed_decode(
     per_part = tl.cdiv(end_chunk - first_chunk, SPLITS)
     num_parts = tl.cdiv(end_chunk - first_chunk, per_part)
     lo = first_chunk + part * per_part
-    ahead = _block_of(table, tl.maximum(lo * _CHUNK, start), context, BLOCK_SIZE, _KEYS, BLOCK_SIZE >= _KEYS)
+    ahead = _block_of(table, tl.maximum(lo * _CHUNK, start), context, BLOCK_SIZE, _KEYS, BLOCK_SIZE % 64 == 0)
     begin(PDL)
     rows, dims = tl.arange(0, ROWS), tl.arange(0, D)
     mine, head = rows < SHARE, g * SHARE + rows

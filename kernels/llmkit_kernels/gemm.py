@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from llmkit_kernels import activation, wide_gemm
-from llmkit_kernels.launch import begin, cdiv, descriptor, pdl, shared_memory, stages_that_fit
+from llmkit_kernels.launch import begin, cdiv, descriptor, pdl, shared_memory, stages_that_fit, widest
 from llmkit_kernels.prepared import PreparedWeight
 
 MOST_TOKENS = 128  # of one tile; further ones are further programs
@@ -234,7 +234,7 @@ def gate_up_silu(x: Tensor, w: PreparedWeight, out: Tensor | None = None, tile: 
     if m > MOST_TOKENS and tile is None:
         return _gate_up_silu_many(x, w, out)
     out = torch.empty(m, n // 2, dtype=x.dtype, device=x.device) if out is None else out
-    small = m <= 32 and k in (512, 1024) and 2 * n * k <= _SMALL
+    small = m <= 32 and k in (512, 1024) and k <= widest() and 2 * n * k <= _SMALL
     if small and tile is None:
         tile = Tile(64, k, 4, 1)
     if m == 1 and tile is None:

@@ -23,8 +23,20 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 @functools.cache
 def is_hopper() -> bool:
-    """TMA, wgmma and programmatic dependent launch (compute capability 9 and later)."""
-    return not INTERPRETED and torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 9
+    """TMA, programmatic dependent launch and the shared memory that tiles for them want: compute capability 9 and 10. GeForce's
+    12 has 99 KB of that, and goes the way of Ada."""
+    return not INTERPRETED and torch.cuda.is_available() and capability() >= 9 and shared_memory() > 200_000
+
+
+@functools.cache
+def capability() -> int:
+    """Of the current GPU, its first number; without one, an H100's."""
+    return torch.cuda.get_device_capability()[0] if torch.cuda.is_available() else 9
+
+
+def widest() -> int:
+    """Columns that a product takes at once at most: Blackwell's tensor memory holds 512."""
+    return 512 if capability() == 10 else 1024
 
 
 def pdl(wanted: bool = True) -> dict[str, bool]:
@@ -42,6 +54,12 @@ def begin(PDL: tl.constexpr):
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def finite(x):
+    """Where x is neither infinite nor NaN."""
+    return tl.abs(x.to(tl.float32)) < float("inf")
 
 
 @functools.cache

@@ -142,8 +142,8 @@ def prefill(
     _prefill[(heads, tiles[0].shape[0])](
         q, k_cache, v_cache, k_desc, v_desc, out, block_tables, cu_seqlens, context_lens, tiles[0], tiles[1], q.stride(0),
         block_tables.stride(0), scale, window or 0, H=heads, G=kv_heads, D=dim, BLOCK_SIZE=size, QUERIES=QUERY_TILE, KEYS=keys,
-        WINDOW=window is not None, CAP=soft_cap or 0.0, TMA=descriptors is not None, num_warps=4 if dim <= 128 else 8,
-        num_stages=3 if room >= 4 * keys * row else 2, **pdl(),
+        WINDOW=window is not None, CAP=soft_cap or 0.0, TMA=descriptors is not None and keys == TILE,
+        num_warps=4 if dim <= 128 else 8, num_stages=3 if room >= 4 * keys * row else 2, **pdl(),
     )  # fmt: skip
     return out
 

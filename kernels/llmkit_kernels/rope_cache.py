@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from llmkit_kernels.launch import begin, next_power_of_2, pdl
+from llmkit_kernels.launch import begin, finite, next_power_of_2, pdl
 
 
 @triton.jit
@@ -38,13 +38,16 @@ def _rope_cache(
     slot = tl.load(slots + token)
     place = (slot // BLOCK_SIZE * G * BLOCK_SIZE + slot % BLOCK_SIZE) * D  # of key head 0
     source, real = qkv + token * qkv_stride, heads < H + G
-    # the padding block stays as it is: others read it, and a NaN there would reach them, masked or not
+    # the padding block stays as it is: whatever is there, nobody owns it
     kept = tl.where(slot >= BLOCK_SIZE, G, 0)  # heads whose key and value are stored
     begin(PDL)
     a = _finished(source, bias, heads * D + halves, real, part_stride, DTYPE, SPLITS, BIAS).to(tl.float32)
     b = _finished(source, bias, heads * D + D // 2 + halves, real, part_stride, DTYPE, SPLITS, BIAS).to(tl.float32)
     v = _finished(source, bias, (H + G + values) * D + dims, values < G, part_stride, DTYPE, SPLITS, BIAS)
-    tl.store(v_cache + place + values * BLOCK_SIZE * D + dims, v, mask=values < kept)
+    # 0 · NaN is NaN: a value that broke would reach whoever is given this block next, though masked. So 0 is kept, and the key,
+    # which a mask does silence, is NaN: who does attend to it breaks, as he must.
+    broken = tl.min(tl.min(finite(v).to(tl.int32), axis=1), axis=0) == 0
+    tl.store(v_cache + place + values * BLOCK_SIZE * D + dims, tl.where(finite(v), v, 0.0), mask=values < kept)
     if NORM:
         scale = tl.rsqrt((tl.sum(a * a, axis=1) + tl.sum(b * b, axis=1)) / D + eps)[:, None]
         low = tl.where(heads < H, tl.load(q_norm + halves), tl.load(k_norm + halves)).to(tl.float32)
@@ -60,8 +63,8 @@ def _rope_cache(
     tl.store(query + halves, a, mask=heads < H)
     tl.store(query + D // 2 + halves, b, mask=heads < H)
     key, is_key = k_cache + place + (heads - H) * BLOCK_SIZE * D, (heads >= H) & (heads < H + kept)
-    tl.store(key + halves, a, mask=is_key)
-    tl.store(key + D // 2 + halves, b, mask=is_key)
+    tl.store(key + halves, tl.where(broken, float("nan"), a), mask=is_key)
+    tl.store(key + D // 2 + halves, tl.where(broken, float("nan"), b), mask=is_key)
 
 
 def rope_cache(
@@ -75,7 +78,7 @@ def rope_cache(
     bias: Tensor | None = None,
 ) -> Tensor:
     """Norm and rotate q and k of qkv, store k and v at `slots` int64 [T], those of block 0 excepted, which is padding; returns q
-    [T, H, D].
+    [T, H, D]. A token with a value that is not finite is stored with 0 in its place and keys of NaN.
 
     qkv: [T, H+2G, D], q is rotated in place; or fp32 partial products [S, T, H+2G, D], which are summed first, in order, and q
     is a tensor of its own. bias: [(H+2G)·D], still to be added. norms: q and k norm weights [D] and eps, or None. tables: cos and

@@ -124,8 +124,8 @@ class Engine:
         return output
 
     def _launch_ahead(self) -> None:
-        """As many steps as the runner allows."""
-        while len(self._flights) <= self._flights[-1].ahead and not self._shortage.failed:
+        """As many steps as the runner allows after each that is under way."""
+        while len(self._flights) <= min(i + f.ahead for i, f in enumerate(self._flights)) and not self._shortage.failed:
             flight = self._launch(ahead=True)
             if flight is None:
                 return
@@ -186,7 +186,10 @@ class Engine:
         result.pooled.keep()
         done = [r for r in result.pooled.requests if not r.finished]
         for request in done:
-            self.scheduler.finish(request, "stop")
+            whole = request.embedding is not None and bool(np.isfinite(request.embedding).all())
+            if not whole:
+                self._forget(request)
+            self.scheduler.finish(request, "stop" if whole else "error")
         return done
 
     def _keep_logprobs(self, output: StepOutput, result: StepResult, alive: np.ndarray) -> None:
@@ -212,15 +215,13 @@ class Engine:
             if stopped[i] and token in (request.params.stop_token_ids or []):
                 request.stop_reason = token
             if failed[i]:
-                self._clean_after(request)
+                self._forget(request)
             self.scheduler.finish(request, "error" if failed[i] else "stop" if stopped[i] else "length")
             output.finished.append(request)
 
-    def _clean_after(self, request: Request) -> None:
-        """Numbers that broke (NaN) must not be left in the cache: masked, they would still break whoever gets the block next."""
-        own = [b for b in request.blocks if self.pool.ref_counts[b] == 1]
-        self.pool.forget(own)
-        self.runner.clear(own)
+    def _forget(self, request: Request) -> None:
+        """What a request computed whose numbers broke (NaN) shall not be found in the prefix cache."""
+        self.pool.forget([b for b in request.blocks if self.pool.ref_counts[b] == 1])
 
     def _grammars_ended(self, requests: list[Request], token_ids: np.ndarray) -> np.ndarray:
         ended = np.zeros(len(requests), bool)

@@ -17,7 +17,7 @@ NULL_BLOCK = 0  # never handed out and always zero: what padding reads
 
 
 class BlockPool:
-    """All blocks of one engine. Every method is O(blocks it touches)."""
+    """All blocks of one engine. Every method is O(blocks it touches). fresh: those that were handed out, for a step to clear."""
 
     def __init__(self, num_blocks: int, block_size: int, caching: bool = True) -> None:
         self.num_blocks, self.block_size, self.caching = num_blocks, block_size, caching
@@ -26,6 +26,7 @@ class BlockPool:
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(1, num_blocks))  # next to be handed out first
         self._block_of: dict[bytes, int] = {}
         self._hash_of: dict[int, bytes] = {}
+        self.fresh: list[int] = []
 
     @property
     def num_usable(self) -> int:
@@ -47,6 +48,7 @@ class BlockPool:
         for block in blocks:
             self._forget(block)
             self.ref_counts[block] = 1
+        self.fresh += blocks
         return blocks
 
     def share(self, blocks: Sequence[int]) -> None:

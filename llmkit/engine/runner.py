@@ -86,6 +86,7 @@ class Runner:
     @torch.inference_mode()
     def run(self, batch: Batch, schedule: Schedule) -> StepResult:
         """Compute the step's tokens and choose the next ones."""
+        self._clear(schedule)
         self._copy_blocks(schedule)
         self._load_rows(schedule)
         hidden = self._forward(batch)
@@ -101,10 +102,6 @@ class Runner:
         self.last_token[self._index(rows)] = sampled.token_ids
         return sampled
 
-    def clear(self, blocks: list[int]) -> None:
-        """Fill these blocks of the cache with zeros."""
-        self.kv_cache[:, :, self._index(np.array(blocks, np.int64))] = 0
-
     def steps_ahead(self, batch: Batch) -> int:
         """How many steps may be launched after this one before its tokens are on the host. The batch alone decides, never the
         clock: who is in a step, and so how its numbers are rounded, must not differ from run to run."""
@@ -112,6 +109,11 @@ class Runner:
 
     def _index(self, indices: np.ndarray) -> torch.Tensor:
         return send(indices, self.device)
+
+    def _clear(self, schedule: Schedule) -> None:
+        """Fill blocks with zeros for their new owners: 0 · NaN is NaN, so what others left there is never quite masked."""
+        while schedule.fresh:
+            self.kv_cache[:, :, schedule.fresh.pop()].zero_()
 
     def _copy_blocks(self, schedule: Schedule) -> None:
         """What is left in `copies` afterwards was not made, should the step fail."""

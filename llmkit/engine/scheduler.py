@@ -29,11 +29,12 @@ class Schedule:
     """One step: rows int64 [S], the `num_decodes` that compute just their last token first; num_new int32 [S], how many tokens of
     each to compute; owners: the requests; ends: int32 [S], how many of their tokens the KV cache holds afterwards. copies: (from,
     to) blocks still to be copied before the step (a fork's last, partly filled block). filled: blocks that prompts fill in this
-    step and others may share at once; borrowers: those that do."""
+    step and others may share at once; borrowers: those that do. fresh: blocks with new owners, still holding what others left."""
 
     rows: np.ndarray
     num_new: np.ndarray
     num_decodes: int = 0
+    fresh: list[int] = field(default_factory=list)
     copies: list[tuple[int, int]] = field(default_factory=list)
     preempted: list[Request] = field(default_factory=list)
     admitted: list[Request] = field(default_factory=list)
@@ -133,6 +134,7 @@ class Scheduler:
         result.rows, result.num_new, result.num_decodes = rows[order], new[order], int(decoding.sum())
         result.owners = [r for row in result.rows if (r := self.rows.requests[row]) is not None]  # all: they are running
         result.ends = ends[order]
+        result.fresh, self.pool.fresh = self.pool.fresh, []
         if self._forgotten:
             self._introduce(result)
         return result
@@ -284,6 +286,7 @@ class Scheduler:
         promised is unknown again, and who relied on that waits again. The runner will know nobody then: who runs is introduced to
         it once more."""
         self.pool.forget(failed.filled)
+        self.pool.fresh += failed.fresh
         rows, size = self.rows, self.pool.block_size
         rows.num_hashed[failed.rows] = np.minimum(rows.num_hashed[failed.rows], rows.num_computed[failed.rows] // size)
         for request in failed.borrowers:

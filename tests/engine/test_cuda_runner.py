@@ -7,10 +7,13 @@ equal. On a GPU test_gpu.py asks more.
 from __future__ import annotations
 
 import json
+from collections import OrderedDict
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 pytest.importorskip("triton", reason="triton comes with torch's CUDA builds; without it there are no kernels to test")
 
@@ -19,6 +22,8 @@ from llmkit_kernels import decode_attention
 from llmkit import LLM, SamplingParams, ops
 from llmkit.engine import cuda_runner, graphs, prompt_graphs, sampler
 from llmkit.engine.drawing import Work
+from llmkit.engine.request import Request
+from llmkit.errors import EngineError
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled where there is a GPU: see test_gpu.py")
 
@@ -62,6 +67,23 @@ class Arrived(cuda_runner.SampledTokens):
         return self.token_ids.numpy()
 
 
+def weights(config: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Such that an answer depends on every token and where it stands; with small ones it is one token, repeated."""
+    width, inner, kv = config["hidden_size"], config["intermediate_size"], config["num_key_value_heads"] * config["head_dim"]
+    generator = torch.Generator().manual_seed(2)
+    normal = lambda *shape, scale: torch.empty(shape).normal_(0, scale * shape[-1] ** -0.5, generator=generator)
+    made = {"model.embed_tokens.weight": normal(config["vocab_size"], width, scale=width**0.5),
+            "lm_head.weight": normal(config["vocab_size"], width, scale=4), "model.norm.weight": torch.ones(width)}  # fmt: skip
+    for i in range(config["num_hidden_layers"]):
+        shapes = {"self_attn.q_proj": (width, width), "self_attn.k_proj": (kv, width), "self_attn.v_proj": (kv, width),
+                  "self_attn.o_proj": (width, width), "mlp.gate_proj": (inner, width), "mlp.up_proj": (inner, width),
+                  "mlp.down_proj": (width, inner)}  # fmt: skip
+        made |= {f"model.layers.{i}.{name}.weight": normal(*shape, scale=1.6) for name, shape in shapes.items()}
+        made |= {f"model.layers.{i}.{name}.bias": normal(shapes[name][0], scale=2) for name in list(shapes)[:3]}
+        made |= {f"model.layers.{i}.{name}.weight": torch.ones(width) for name in ("input_layernorm", "post_attention_layernorm")}
+    return made
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     place = tmp_path_factory.mktemp("model")
@@ -70,11 +92,12 @@ def folder(tmp_path_factory):
               "max_position_embeddings": 64, "rms_norm_eps": 1e-6, "tie_word_embeddings": False,
               "torch_dtype": "float32"}  # fmt: skip
     (place / "config.json").write_text(json.dumps(config))
+    save_file(weights(config), place / "model.safetensors")
     return place
 
 
 def load(folder, **options: Any) -> LLM:
-    defaults = {"load_format": "dummy", "dtype": "float32", "kv_cache_memory": 0.01, "block_size": 16, "max_num_seqs": 4}
+    defaults = {"dtype": "float32", "kv_cache_memory": 0.01, "block_size": 16, "max_num_seqs": 4}
     return LLM(folder, skip_tokenizer_init=True, **defaults | options)
 
 
@@ -261,26 +284,38 @@ def test_prompts_are_launched_while_the_tokens_before_are_on_their_way(on_the_gp
         assert any(mixed)
 
 
-@pytest.mark.parametrize("kernels", [True, False], ids=["kernels", "torch"])
+@pytest.mark.parametrize("kernels", ["triton", "fixed", ""], ids=["kernels", "deterministic", "torch"])
 @pytest.mark.parametrize("budget", [None, 16], ids=["", "in chunks, beside who decodes"])
 def test_numbers_that_broke_are_not_left_to_others(request, folder, plain, kernels, budget, monkeypatch):
+    """Whoever left them: an answer, an embedding, a prompt that was aborted half computed, a token too many."""
     expected, broken = said(plain, GREEDY), [99] * 30
     if kernels:
         request.getfixturevalue("on_the_gpu")
-    with load(folder, max_num_batched_tokens=budget) as llm:
-        runner, embedding = llm._engine.runner, llm._engine.model.embedding
-        run = runner.run
+    blocks = {"num_kv_blocks": 5, "block_size": 64} if kernels else {"num_kv_blocks": 8}  # kernels read whole tiles of 64 keys
+    with load(folder, max_num_batched_tokens=budget, deterministic=kernels == "fixed", **blocks) as llm:
+        engine, embedding = llm._engine, llm._engine.model.embedding
+        run = engine.runner.run
 
         def checked(*args):
             result = run(*args)
-            assert not runner.kv_cache[:, :, 0].any(), "everybody reads the padding block"
+            assert not engine.runner.kv_cache[:, :, 0].any(), "everybody reads the padding block"
             return result
 
-        monkeypatch.setattr(runner, "run", checked)
-        embedding.weight = embedding.weight.clone()  # dummy weights are tied: lm_head keeps its own
+        monkeypatch.setattr(engine.runner, "run", checked)
         embedding.weight[99] = float("nan")
         outputs = llm.generate([PROMPTS[0], broken, PROMPTS[2]], [GREEDY.clone(max_tokens=n) for n in (3, 2, 1)], use_tqdm=False)
         assert [o.outputs[0].finish_reason for o in outputs] == ["length", "error", "length"]
         assert [outputs[i].outputs[0].token_ids for i in (0, 2)] == [expected[0], expected[2][:1]]
-        assert llm._engine.runner.kv_cache.isfinite().all()
         assert llm.stats()["kv_blocks_cached"] == 0, "nor found again"
+        assert said(llm, GREEDY) == expected
+        with pytest.raises(EngineError, match="the model's numbers broke"):
+            llm.embed([broken], use_tqdm=False)
+        assert said(llm, GREEDY) == expected
+        half = Request("half", np.array([3] * 10 + broken, np.int32), GREEDY, max_total=60)
+        engine.add(half)
+        engine.step()
+        engine.abort([half])
+        llm.reset_prefix_cache()
+        assert said(llm, GREEDY) == expected
+        engine.pool._free = OrderedDict.fromkeys(reversed(engine.pool._free))  # who comes now gets others' blocks
+        assert said(llm, GREEDY) == expected

@@ -33,7 +33,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-LIMITS = {80: 166_912, 89: 101_376, 90: 232_448}
+LIMITS = {80: 166_912, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
 ARCHITECTURE = int(sys.argv[1])
 CPU = torch.device("cpu")
 
@@ -62,7 +62,8 @@ def pretend(found: dict[str, int]) -> None:
 
     JITFunction.run = run
     for module in (launch, decode_attention, fixed_attention, gemm, prefill_attention, prepared, sampling, wide_gemm):
-        for name, value in (("is_hopper", ARCHITECTURE >= 90), ("shared_memory", LIMITS[ARCHITECTURE])):
+        for name, value in (("is_hopper", LIMITS[ARCHITECTURE] > 200_000), ("shared_memory", LIMITS[ARCHITECTURE]),
+                            ("capability", ARCHITECTURE // 10)):  # fmt: skip
             if hasattr(module, name):
                 setattr(module, name, lambda value=value: value)
 

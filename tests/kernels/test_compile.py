@@ -19,7 +19,7 @@ KERNELS = {"_product", "_product_1", "_gate_up_silu_1", "_wide_product", "_silu_
            "_begin_counting", "_count_bins", "_settle", "_penalise", "_count_said"}  # fmt: skip
 
 
-LIMITS = {89: 101_376, 90: 232_448}  # Ada, Hopper
+LIMITS = {89: 101_376, 90: 232_448, 100: 232_448}  # Ada, Hopper, Blackwell
 
 
 @pytest.fixture(scope="module")

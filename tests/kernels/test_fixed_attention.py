@@ -102,7 +102,7 @@ CONTEXTS = st.one_of(LENGTHS, st.integers(400, 1600), st.sampled_from([511, 512,
 def layers(kv_heads: int, share: int) -> st.SearchStrategy[Layer]:
     return st.builds(
         Layer, st.integers(1, kv_heads), st.integers(1, share), st.sampled_from([32, 64, 128, 256]),
-        st.sampled_from([16, 32, 64, 128]), st.one_of(st.none(), st.sampled_from([1, 2, 16, 33, 64, 65, 100, 512, 700])),
+        st.sampled_from([16, 32, 64, 96, 128]), st.one_of(st.none(), st.sampled_from([1, 2, 16, 33, 64, 65, 100, 512, 700])),
         st.sampled_from(DTYPES), st.integers(0, 9999),
     )  # fmt: skip
 

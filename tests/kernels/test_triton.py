@@ -125,6 +125,35 @@ def test_padding_writes_nothing_into_the_block_that_others_read() -> None:
     assert torch.equal(v_cache, before[1])
 
 
+@pytest.mark.parametrize("broken", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("alone", [True, False], ids=["decode", "prompt"])
+def test_a_value_that_broke_is_kept_as_zero_and_its_key_as_nan(broken: float, alone: bool) -> None:
+    """Nothing then reaches through a mask, and whoever attends to it is told. Other tokens are as they were."""
+    heads, kv_heads, dim, size = 4, 2, 32, 16
+    k_cache, v_cache, tables = cache_of([20, 9], kv_heads, dim, size)
+    where = torch.tensor([19, 8], device=DEVICE)
+    slots = slots_of(tables, [1, 1], [20, 9], size)
+    qkv = normal(2, heads + 2 * kv_heads, dim)
+    want = [c.clone() for c in (k_cache, v_cache)]
+    rope_cache.rope_cache(qkv.clone(), None, rotary(32, dim), where, slots, *want)
+    qkv[0, heads + kv_heads + 1, 7] = broken  # of the second key head
+    if alone:
+        scratch = decode_attention.DecodeScratch(2, heads, kv_heads, dim, DEVICE)
+        out = poisoned(2, heads * dim)
+        decode_attention.fused_decode(qkv.view(2, -1), None, None, rotary(32, dim), k_cache, v_cache, tables, where, None,
+                                      dim**-0.5, None, scratch, out)  # fmt: skip
+        assert not out[0].isfinite().all()
+        assert out[1].isfinite().all()
+    else:
+        rope_cache.rope_cache(qkv, None, rotary(32, dim), where, slots, k_cache, v_cache)
+    block, place = int(slots[0]) // size, int(slots[0]) % size
+    assert k_cache[block, 1, place].isnan().all()
+    assert v_cache[block, 1, place, 7] == 0
+    for cache, other in zip((k_cache, v_cache), want):
+        cache[block, :, place], other[block, :, place] = 0, 0
+        close(cache, other)
+
+
 @pytest.mark.parametrize(("heads", "kv_heads", "dim", "size"), [(4, 2, 32, 16), (3, 1, 64, 64)])
 @pytest.mark.parametrize("options", ["plain", "norm", "window"])
 def test_prefill_of_ragged_chunks(heads: int, kv_heads: int, dim: int, size: int, options: str) -> None:
