@@ -18,13 +18,14 @@ if TYPE_CHECKING:
     from llmkit.engine.runner import StepResult
     from llmkit.engine.scheduler import Schedule
 
+_WORDS = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "can't allocate memory", "not enough memory")
 NOTE = "a step did not fit the device's memory: steps are smaller for a while"
 
 
 def is_shortage(error: RuntimeError) -> bool:
-    """Whether memory ran out: torch has a class for its own allocator's word; the driver's, of a graph or a kernel that finds no
-    room, comes as text."""
-    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
+    """Whether memory ran out: torch has a class for what its allocator on a GPU says; what the driver (of a graph or a kernel
+    that finds no room), cuBLAS and a CPU say comes as text."""
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in _WORDS)
 
 
 class Shortage:

@@ -11,7 +11,7 @@ import torch
 
 from llmkit import LLM, SamplingParams
 from llmkit.engine.request import Request
-from llmkit.engine.shortage import NOTE
+from llmkit.engine.shortage import NOTE, is_shortage
 from llmkit.errors import OutOfMemoryError
 
 SHORT = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
@@ -96,6 +96,16 @@ def _no_rows() -> Any:
     from llmkit.engine.scheduler import Schedule
 
     return Schedule(np.empty(0, np.int64), np.empty(0, np.int32))
+
+
+def test_what_counts_as_a_shortage():
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(1 << 55, dtype=torch.uint8)
+    assert is_shortage(caught.value)
+    for said in ("CUDA error: out of memory", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"):
+        assert is_shortage(RuntimeError(said))
+    for said in ("CUDA error: an illegal memory access was encountered", "mat1 and mat2 shapes cannot be multiplied"):
+        assert not is_shortage(RuntimeError(said))
 
 
 def test_a_mean_counts_each_chunk_once(dummy_folder, monkeypatch):
