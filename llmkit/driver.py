@@ -150,9 +150,11 @@ class Driver:
                 if output is not None:
                     self._dispatch(engine, output)
             except BaseException as cause:
-                engine.recover()
-                for request, job in list(self._jobs.items()):
-                    self._settle([request], job.error or _broken(cause))
+                try:
+                    engine.recover()
+                finally:  # even then nobody waits in vain
+                    for request, job in list(self._jobs.items()):
+                        self._settle([request], job.error or _broken(cause))
                 raise
             return output
 
@@ -200,9 +202,11 @@ class Driver:
 def _give_gpu_memory_back() -> None:
     import torch
 
+    from llmkit.whole_gpu import empty_cache
+
     if not _on_gpus:  # cuBLAS's workspaces, for the engines' streams: the graphs of others that are open write to theirs
         torch._C._cuda_clearCublasWorkspaces()
-    torch.cuda.empty_cache()
+    empty_cache()
 
 
 def _closed() -> EngineClosedError:

@@ -34,6 +34,12 @@ class EmbeddingJob:
 
     def close(self, request: Request) -> None:
         """The request has ended."""
+        if request.finish_reason == "error":
+            what = f"{len(request.prompt)} token ids" if self.prompt is None else repr(self.prompt[:60])
+            self.error = self.error or EngineError(
+                f"there is no embedding of {what}: the model's numbers broke (NaN or infinite)",
+                "take a dtype with a wider range, bfloat16 or float32, or a model whose weights are whole",
+            )
         if self.notify is not None:
             self.notify()
 
@@ -43,9 +49,6 @@ class EmbeddingJob:
 
         request = self.requests[0]
         vector = request.embedding
-        if request.finish_reason == "error":
-            raise EngineError(f"{request.id} has no embedding: the model's numbers broke (NaN or infinite)",
-                              "a dtype with a wider range, bfloat16 or float32, or a model whose weights are whole")  # fmt: skip
         if vector is None:
             raise LookupError(f"{request.id} has no embedding: it ended by {request.finish_reason}")
         if self.normalize:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from llmkit import LLM, EmbeddingOutput, SamplingParams
-from llmkit.errors import EngineClosedError, InvalidRequestError, UnknownOptionError
+from llmkit.errors import EngineClosedError, EngineError, InvalidRequestError, UnknownOptionError
 
 LENGTHS = (1, 2, 5, 16, 17, 33, 64, 120)
 FAMILIES = ["llama", "qwen3", "mistral-window", "phi3"]
@@ -149,6 +149,22 @@ def test_refusals(load):
         with pytest.raises(UnknownOptionError, match="pooling"):
             llm.embed("hello", poolin="mean")
         assert_idle(llm)
+
+
+def test_numbers_that_broke_are_an_error_that_names_the_prompt(load):
+    llm, _ = load("llama")
+    with llm:
+        expected = llm.embed(prompts()[:2])
+        embedding = llm._engine.model.embedding
+        embedding.weight = embedding.weight.clone()
+        embedding.weight[99] = float("nan")
+        mine = [p for p in prompts() if 99 not in p][:2]
+        for ask in (llm.embed, lambda given: asyncio.run(llm.aembed(given))):
+            with pytest.raises(EngineError, match="there is no embedding of 3 token ids: the model's numbers broke"):
+                ask([mine[0], [5, 99, 7], mine[1]])
+            assert_idle(llm)
+        for output, before in zip(llm.embed(mine), expected):
+            np.testing.assert_array_equal(output.embedding, before.embedding)
 
 
 def test_cancelling_and_closing(load):

@@ -193,7 +193,8 @@ def test_closing_ends_a_generate_in_another_thread(dummy_folder):
     assert caught
 
 
-def test_a_broken_step_reaches_every_reader(llm, monkeypatch):
+@pytest.mark.parametrize("beyond_repair", [False, True], ids=["", "nor is there memory to begin anew"])
+def test_a_broken_step_reaches_every_reader(llm, monkeypatch, beyond_repair):
     def broken(*args):
         raise RuntimeError("the device is gone")
 
@@ -201,8 +202,12 @@ def test_a_broken_step_reaches_every_reader(llm, monkeypatch):
         first = asyncio.create_task(llm.agenerate("a", LONG))
         await asyncio.sleep(0.05)
         monkeypatch.setattr(llm._engine.runner, "run", broken)
+        if beyond_repair:
+            monkeypatch.setattr(llm._engine.runner, "attach", broken)
         result = await asyncio.wait_for(asyncio.gather(first, return_exceptions=True), 10)
         monkeypatch.undo()
+        if beyond_repair:
+            llm._engine.recover()
         again = await asyncio.wait_for(llm.agenerate("a", SHORT), 10)
         return result[0], again
 

@@ -23,8 +23,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 @functools.cache
 def is_hopper() -> bool:
-    """TMA, programmatic dependent launch and the shared memory that tiles for them want: compute capability 9 and 10. GeForce's
-    12 has 99 KB of that, and goes the way of Ada."""
+    """TMA, programmatic dependent launch and the shared memory that tiles for them want: compute capability 9 and 10, say.
+    GeForce's 12 has 99 KB of that, and goes the way of Ada."""
     return not INTERPRETED and torch.cuda.is_available() and capability() >= 9 and shared_memory() > 200_000
 
 
@@ -36,7 +36,7 @@ def capability() -> int:
 
 def widest() -> int:
     """Columns that a product takes at once at most: Blackwell's tensor memory holds 512."""
-    return 512 if capability() == 10 else 1024
+    return 512 if capability() in (10, 11) else 1024
 
 
 def pdl(wanted: bool = True) -> dict[str, bool]:

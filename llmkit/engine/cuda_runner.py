@@ -59,9 +59,12 @@ class CudaRunner(Runner):
         self, model: Decoder, rows: Rows, num_blocks: int, max_tokens: int, dtype: torch.dtype, enforce_eager: bool = False
     ) -> None:
         self.enforce_eager = enforce_eager
+        embedding = model.embedding.weight
+        # of whichever graph ran last; made once, for when rows are attached again memory may be short
+        self._logits = torch.empty(len(rows.requests), model.config.vocab_size, dtype=torch.float32, device=model.device)
+        self._hidden = None if enforce_eager else embedding.new_empty(prompt_graphs.TOKENS[-1], embedding.shape[1])
         super().__init__(model, rows, num_blocks, max_tokens, dtype)
         self.passes = self.fused = FixedForward(model) if isinstance(self.backend, FixedBackend) else FusedForward(model)
-        self._logits = torch.empty(len(rows.requests), model.config.vocab_size, device=self.device)  # of whichever graph ran last
         self._replays_prompts = not isinstance(self.backend, FlashBackend)  # which computes prompts itself
 
     def attach(self, rows: Rows) -> None:
@@ -73,9 +76,7 @@ class CudaRunner(Runner):
         self.last_token = self.state.last_token
         self.drawing = Drawing(self.state, rows, self.sampling)
         self.graphs = DecodeGraphs(self._decode, self.state, count, self.enforce_eager, self._compile)
-        embedding = self.model.embedding.weight
-        hidden = None if self.enforce_eager else embedding.new_empty(prompt_graphs.TOKENS[-1], embedding.shape[1])
-        self.prompts = PromptGraphs(lambda ids, step: self.fused.forward(ids, step), backend, self.state, hidden)
+        self.prompts = PromptGraphs(lambda ids, step: self.fused.forward(ids, step), backend, self.state, self._hidden)
         self._compiled: set[prompt_graphs.Size | None] = set()  # sizes of steps with prompts; None: larger ones
 
     @property

@@ -9,7 +9,6 @@ row that nobody owns.
 from __future__ import annotations
 
 import bisect
-import threading
 import time
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -19,9 +18,9 @@ import torch
 from torch import Tensor
 
 from llmkit.transfer import fill, send
+from llmkit.whole_gpu import capturing
 
 T = TypeVar("T")
-_capturing = threading.Lock()
 SIZES = [1, 2, 4, 8, 12, 16, 24, 32, 40, 48, 56, 64, *range(80, 257, 16), *range(288, 1025, 32)]
 
 
@@ -48,12 +47,12 @@ def capture(body: Callable[[], T], side: torch.cuda.Stream | None, pool: Any = N
     """Run the body once, so that kernels are compiled and workspaces there, then record it: (graph, what the body returned).
 
     side: the one stream for all of this, because cuBLAS keeps a workspace of 32 MiB for every stream it has seen. Other threads
-    may go on, but not capture: that begins with a wait for the whole device, which the capture under way would not survive.
+    may go on, but not capture, nor wait for the whole device, with which captures begin: this one would not survive it.
     """
     if side is None:
         raise RuntimeError("only a GPU captures graphs")
     graph, usual = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
-    with _capturing:
+    with capturing:
         side.wait_stream(usual)
         with torch.cuda.stream(side):
             body()

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from llmkit.errors import OutOfMemoryError
+from llmkit.whole_gpu import empty_cache
 
 if TYPE_CHECKING:
     from llmkit.engine.batch import Batch
@@ -25,7 +26,8 @@ NOTE = "a step did not fit the device's memory: steps are smaller for a while"
 def is_shortage(error: RuntimeError) -> bool:
     """Whether memory ran out: torch has a class for what its allocator on a GPU says; what the driver (of a graph or a kernel
     that finds no room), cuBLAS and a CPU say comes as text."""
-    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in _WORDS)
+    causes = [error, error.__context__]  # a capture that lacked memory may fail once more where it is ended
+    return any(isinstance(e, torch.OutOfMemoryError) or any(words in str(e) for words in _WORDS) for e in causes)
 
 
 class Shortage:
@@ -55,7 +57,7 @@ class Shortage:
         engine.scheduler.give_way(schedule)
         engine.runner.attach(engine.rows)  # however far the step came, nothing is left of it
         if engine.model.device.type == "cuda":
-            torch.cuda.empty_cache()
+            empty_cache()
         before, self.before = self.before, schedule.num_tokens
         if before == self.before == 1:
             self.before = 0

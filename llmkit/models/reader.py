@@ -23,6 +23,7 @@ from torch import Tensor
 
 from llmkit.errors import WeightsError
 from llmkit.models.weights import SafetensorsSource, WeightSource
+from llmkit.whole_gpu import empty_cache, synchronize
 
 THREADS = 8  # measured on an H100: 4 threads 14-20 GB/s, 8 threads 19-30, 16 threads 19-39
 BUFFER = 16 * 2**20  # bytes; two for each thread
@@ -121,7 +122,7 @@ class Reader:
         """Read everything, in the order of the files. An error or an interrupt ends all threads after their piece."""
         begin = time.perf_counter()
         if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)  # whoever had the targets' memory before is done with it
+            synchronize(self.device)  # whoever had the targets' memory before is done with it
         self.bytes = sum(p.size for p in self.pieces)
         pieces = deque(sorted(self.pieces, key=lambda p: (p.file, p.start)))
         self.pieces = []
@@ -131,7 +132,7 @@ class Reader:
                 stack.callback(os.close, self._files[file])
             self._run_threads(pieces)
         if self.device.type == "cuda":
-            torch.cuda.empty_cache()  # what conversions and strided copies needed for a moment
+            empty_cache()  # what conversions and strided copies needed for a moment
         self.seconds = time.perf_counter() - begin
 
     def _run_threads(self, pieces: deque[Piece]) -> None:
