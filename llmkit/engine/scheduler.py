@@ -2,7 +2,8 @@
 
 ONE budget of tokens a step, spent first on requests that decode (one token each), then on running prompts, then on waiting
 ones; a prompt may be cut into chunks, so prefill and decode share steps (continuous batching: Orca; chunked prefill: Sarathi).
-Where it is told a smaller budget for such steps, those who decode wait less, and more of them read the weights for nothing.
+Where it is told a smaller budget for such steps, those who decode wait less, and more of them read the weights for nothing: that
+pays where an answer goes on for long, for each of its tokens takes a step, be it one with prompts or one more.
 When blocks run out, the request that came last gives its blocks back and is computed again later (preemption by recompute).
 The one that came first is never preempted for a later one, so it always ends: nobody starves.
 """
@@ -22,6 +23,7 @@ from llmkit.engine.rows import Rows
 
 _GROUPS = 32  # when all rows are taken, newcomers are let in by groups of this part of the rows
 _PATIENCE = 16  # or after so many steps
+_LONG = 128  # tokens that are still to come of an answer
 
 
 @dataclass
@@ -119,7 +121,7 @@ class Scheduler:
         rows, new = running
         if not result.preempted:  # who was just sent away must not be followed by somebody later
             self._promise(result, rows, new)
-            admitted = self._admit(result, self._budget(int(np.count_nonzero(new == 1))) - int(new.sum()))
+            admitted = self._admit(result, self._budget(rows, new == 1) - int(new.sum()))
             if admitted:
                 rows = np.concatenate((rows, [r.row for r in result.admitted])).astype(np.int64)
                 new = np.concatenate((new, admitted)).astype(np.int32)
@@ -139,10 +141,12 @@ class Scheduler:
             self._introduce(result)
         return result
 
-    def _budget(self, decodes: int) -> int:
-        """Tokens of a step in which so many decode; however many they are, there is room for some prompt tokens."""
-        mixed = max(self.mixed_budget, decodes + max(1, self.mixed_budget // 2))
-        return min(self.token_budget, mixed) if decodes else self.token_budget
+    def _budget(self, rows: np.ndarray, decoding: np.ndarray) -> int:
+        """Tokens of a step of these rows, of which some decode; however many they are, there is room for some prompt tokens."""
+        left = (self.rows.max_total[rows] - self.rows.num_tokens[rows])[decoding]
+        if left.max(initial=0) < _LONG:
+            return self.token_budget
+        return min(self.token_budget, max(self.mixed_budget, len(left) + max(1, self.mixed_budget // 2)))
 
     def _schedule_running(self, result: Schedule, ahead: bool) -> tuple[np.ndarray, np.ndarray] | None:
         """Give running requests their tokens, those that decode first: (rows, new tokens of each). None as `schedule`."""
@@ -153,7 +157,7 @@ class Scheduler:
         left = np.where(ends_now, 0, coming - self.rows.num_computed[rows])
         order = np.argsort(left > 1, kind="stable")
         want = np.minimum(left, self.chunk_limit)[order]
-        new = np.clip(self._budget(int(np.count_nonzero(left == 1))) - (np.cumsum(want) - want), 0, want)
+        new = np.clip(self._budget(rows, left == 1) - (np.cumsum(want) - want), 0, want)
         missing = self.rows.missing_blocks(rows[order], new)
         if ahead and missing.clip(0).sum() > self.pool.num_free:
             return None

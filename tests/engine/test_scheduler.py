@@ -8,6 +8,7 @@ chunked before. The next token is a function of the prefix, so an answer must eq
 from __future__ import annotations
 
 from collections import Counter, deque
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
@@ -31,6 +32,13 @@ from llmkit.engine.scheduler import Schedule
 from llmkit.sampling_params import SamplingParams
 
 VOCAB, EOS = 5, 4
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _short_answers_count_as_long() -> Iterator[None]:
+    """For whose sake steps are short."""
+    with mock.patch("llmkit.engine.scheduler._LONG", 3):
+        yield
 
 
 def next_token(prefix: bytes) -> int:
@@ -477,7 +485,7 @@ def test_decodes_go_on_while_a_long_prompt_is_chunked():
 
 def test_steps_are_shorter_while_somebody_decodes():
     house = House(num_blocks=90, block_size=4, num_rows=4, budget=32, mixed=8)
-    house.add([1] * 50, 4)
+    house.add([1] * 50, 12)
     first = house.engine.step()
     assert first is not None
     assert first.batch.num_tokens == 32, "nobody waits for it"
@@ -488,6 +496,19 @@ def test_steps_are_shorter_while_somebody_decodes():
     assert sizes[0] == (0, 32), "18 tokens of the first prompt, and 14 of the second"
     assert all(tokens == 8 for decodes, tokens in sizes[1:4] if decodes == 1)
     assert sum(tokens for _, tokens in sizes) == 50 + 70 - 32 + sum(len(r.generated) - 1 for r in house.everybody)
+
+
+@pytest.mark.parametrize(("max_tokens", "size"), [(6, 8), (3, 32)], ids=["whose answer is long", "who is nearly done"])
+def test_steps_are_shorter_for_the_sake_of(max_tokens, size):
+    house = House(num_blocks=90, block_size=4, num_rows=4, budget=32, mixed=8)
+    house.add([3, 3, 1], max_tokens)
+    house.step()
+    house.add([0] * 70, 4)
+    output = house.engine.step()
+    assert output is not None
+    assert (output.batch.num_decodes, output.batch.num_tokens) == (1, size)
+    house.drain()
+    house.check_answers(set())
 
 
 def test_who_leaves_a_step_under_way_takes_nobody_elses_logprobs_along():
