@@ -112,7 +112,7 @@ class Runner:
 
     def _clear(self, schedule: Schedule) -> None:
         """Fill blocks with zeros for their new owners: 0 · NaN is NaN, so what others left there is never quite masked."""
-        if self.device.type == "cpu":  # an index would take four times as long, and a GPU has to be launched for each block
+        if self.device.type == "cpu":  # where an index takes five times as long or more; on a GPU each block would be a launch
             for block in schedule.fresh:
                 self.kv_cache[:, :, block].zero_()
         elif schedule.fresh:
