@@ -254,10 +254,12 @@ class Cut:
 def plan_decode(batch: int, kv_heads: int) -> Cut:
     """The cut for `batch` sequences of `kv_heads` heads each."""
     heads = batch * kv_heads
-    if heads >= 512:
+    if heads > 512:
         return Cut(1, 64, 1, 2)
-    if heads >= 256:
+    if heads >= 320:
         return Cut(2, 64, 8, 2)
+    if heads >= 192:
+        return Cut(4, 64, 4, 2)
     if heads >= 64:
         return Cut(4, 64, 3, 3) if heads >= 128 else Cut(8, 64, 3, 3, ahead=True)
     return Cut(min(16, next_power_of_2(cdiv(3 * num_sms(), 4 * heads))), 64, 1, 3, ahead=True)

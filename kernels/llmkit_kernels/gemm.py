@@ -42,7 +42,7 @@ def beats_cublas(w: PreparedWeight, m: int) -> bool:
     n, k = w.weight.shape
     small = 2 * n * k <= _SMALL
     if m > MOST_TOKENS:
-        return m <= 256 and small
+        return m <= 256 and small and (n > 2048 or m > 224)
     return m <= 96 or k >= 8192 or k >= n >= 2048 or small
 
 
@@ -54,7 +54,9 @@ def token_tiles(m: int) -> tuple[int, int]:
             return first, 0
     if m <= 96:
         return 64, 32
-    return (64, 0) if MOST_TOKENS < m <= 192 else (128, 0)
+    if MOST_TOKENS < m <= 192:
+        return 128, 16 if m <= 144 else 32 if m <= 160 else 64
+    return 128, 0
 
 
 @functools.lru_cache(4096)
@@ -86,6 +88,8 @@ def _plan_many(n: int, k: int, m: int, block_k: int) -> Tile:
         return Tile(64, block_k, 4, 3)
     if k >= 8192:
         return Tile(128, 128, 8, 3, 4) if k % 128 == 0 else Tile(64, block_k, 4, 4, 4)
+    if 2 * n * k <= _SMALL and MOST_TOKENS < m <= 192 and k % 256 == 0:
+        return Tile(64, 128, 4, 3, 2)
     if 2 * n * k <= _SMALL:
         return Tile(64, block_k, 4, 6, 1 if n > 2048 else max(1, min(3 if m <= MOST_TOKENS else 4, k // (4 * block_k))))
     return Tile(64, block_k, 4, 4 if n > 4096 else 6, max(1, min(3 if n > 4096 else 2, k // (4 * block_k))))
@@ -250,7 +254,7 @@ def _gate_up_silu_many(x: Tensor, w: PreparedWeight, out: Tensor | None) -> Tens
     """More than 128 tokens: the kernel for few where the weight is small, the one for many, or cuBLAS and one more pass."""
     (m, k), n = x.shape, w.weight.shape[0]
     if m <= 256 and 2 * n * k <= _SMALL:
-        return gate_up_silu(x, w, out, Tile(64, 64, 4, 4))
+        return gate_up_silu(x, w, out, Tile(64, 128, 4, 3) if m <= 192 else Tile(128, 64, 8, 6))
     tile = wide_gemm.plan(n, k, m)
     if tile is None:
         return activation.silu_mul_pairs(F.linear(x, w.weight), out)

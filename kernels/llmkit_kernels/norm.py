@@ -32,6 +32,12 @@ def _add_rms_norm(
     tl.store(out + row * H + columns, total * scale * w, mask=inside)
 
 
+def _warps(block: int) -> int:
+    """Many: programs are placed while the kernel before still runs, and small ones crowd on the few multiprocessors that it
+    leaves free. On an H100 240 rows of 1,024 columns take 4.4 µs with 2 warps each, 1.8 with 8."""
+    return min(16, max(1, block // 128))
+
+
 def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, out: Tensor | None = None) -> Tensor:
     """residual += x, then the norm of residual; without a residual, the norm of x.
 
@@ -44,7 +50,7 @@ def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float,
     block = next_power_of_2(width)
     _add_rms_norm[(rows,)](
         x, residual if residual is not None else x, weight, out, rows, width, eps,
-        SPLITS=splits, ADD=residual is not None, BLOCK=block, num_warps=min(16, max(1, block // 512)), **pdl(),
+        SPLITS=splits, ADD=residual is not None, BLOCK=block, num_warps=_warps(block), **pdl(),
     )  # fmt: skip
     return out
 
@@ -75,6 +81,6 @@ def embed_rms_norm(table: Tensor, tokens: Tensor, rows: Tensor | None, weight: T
     block = next_power_of_2(width)
     _embed_rms_norm[(count,)](
         table, tokens, tokens if rows is None else rows, weight, residual, out, width, eps, INDEXED=rows is not None,
-        BLOCK=block, num_warps=min(16, max(1, block // 512)),
+        BLOCK=block, num_warps=_warps(block),
     )  # fmt: skip
     return residual, out

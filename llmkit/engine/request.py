@@ -34,6 +34,7 @@ class Request:
     prompt: int32 [P]. generated: int32 [G], what was generated before the row was last given up; while the request runs, its
     row holds the truth (see `Rows`). stop_ids: ids that end it, eos among them unless ignored. max_total: longest prompt +
     answer in tokens. blocks: its block table. hashes: chain of hashes of its full blocks.
+    read_along: whether somebody reads its tokens as they come, rather than all of them at the end.
     pooling: "last" or "mean" if it wants no tokens but a vector, `embedding` fp32 [hidden]; hidden_sum: of a mean under way.
     """
 
@@ -47,6 +48,7 @@ class Request:
     max_total: int = 0
     priority: int = 0
     arrival: int = 0
+    read_along: bool = True
     pooling: str | None = None
     fork_of: Request | None = None
     forks: list[Request] = field(default_factory=list)

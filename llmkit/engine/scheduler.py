@@ -2,8 +2,8 @@
 
 ONE budget of tokens a step, spent first on requests that decode (one token each), then on running prompts, then on waiting
 ones; a prompt may be cut into chunks, so prefill and decode share steps (continuous batching: Orca; chunked prefill: Sarathi).
-Where it is told a smaller budget for such steps, those who decode wait less, and more of them read the weights for nothing: that
-pays where an answer goes on for long, for each of its tokens takes a step, be it one with prompts or one more.
+Where it is told a smaller budget for such steps, those who decode wait less, and more of their tokens cost no step of their own:
+that pays where an answer goes on for long, and unless those who come write for longest, whom it only delays.
 When blocks run out, the request that came last gives its blocks back and is computed again later (preemption by recompute).
 The one that came first is never preempted for a later one, so it always ends: nobody starves.
 """
@@ -143,10 +143,17 @@ class Scheduler:
 
     def _budget(self, rows: np.ndarray, decoding: np.ndarray) -> int:
         """Tokens of a step of these rows, of which some decode; however many they are, there is room for some prompt tokens."""
-        left = (self.rows.max_total[rows] - self.rows.num_tokens[rows])[decoding]
-        if left.max(initial=0) < _LONG:
+        to_come = self.rows.max_total[rows] - self.rows.num_tokens[rows]
+        longest, newest = to_come[decoding].max(initial=0), self._newest_answer(to_come[~decoding])
+        if longest < _LONG or (newest >= longest and not any(r.read_along for r in self.running)):
             return self.token_budget
-        return min(self.token_budget, max(self.mixed_budget, len(left) + max(1, self.mixed_budget // 2)))
+        return min(self.token_budget, max(self.mixed_budget, int(decoding.sum()) + max(1, self.mixed_budget // 2)))
+
+    def _newest_answer(self, begun: np.ndarray) -> int:
+        """Tokens of the longest answer among those whose prompts have begun, and of who waits first."""
+        request = self._peek()
+        waiting = request.max_total - len(request.prompt) - len(request.generated) if request else 0
+        return max(waiting, int(begun.max(initial=0)))
 
     def _schedule_running(self, result: Schedule, ahead: bool) -> tuple[np.ndarray, np.ndarray] | None:
         """Give running requests their tokens, those that decode first: (rows, new tokens of each). None as `schedule`."""

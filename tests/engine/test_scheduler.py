@@ -181,14 +181,15 @@ class House:
             self.engine = Engine(mock.Mock(device=torch.device("cpu")), plan, torch.float32, token_budget=self.budget,
                                  chunk_limit=self.chunk_limit, caching=self.caching, by_priority=self.by_priority)  # fmt: skip
 
-    def add(self, prompt: list[int], max_tokens: int, n: int = 1, priority: int = 0) -> list[Request]:
+    def add(self, prompt: list[int], max_tokens: int, n: int = 1, priority: int = 0, read_along: bool = True) -> list[Request]:
         prompt = prompt[: self.max_len - 1]
         total = min(self.max_len, len(prompt) + max_tokens)
         family: list[Request] = []
         for _ in range(n):
             params = SamplingParams(logprobs=None if len(prompt) % 5 else 1)
             request = Request(f"r{len(self.everybody)}", np.array(prompt, np.int32), params, stop_ids=(EOS,),
-                              max_total=total, priority=priority, fork_of=family[0] if family else None)  # fmt: skip
+                              max_total=total, priority=priority, read_along=read_along,
+                              fork_of=family[0] if family else None)  # fmt: skip
             self.engine.add(request)
             family.append(request)
             self.everybody.append(request)
@@ -211,12 +212,13 @@ class House:
             assert output.batch.num_new.max() <= chunk
             self.num_borrowers += len(output.schedule.borrowers)
             roomy &= self.engine.scheduler.token_budget == self.budget
-            # a step that was launched ahead was planned up to two steps before, when another may have been the first
-            settled = all(then is first and had_room for then, had_room in self.before) or not self.chains
+            # a step that was launched ahead was planned up to two steps before: another may have been the first then, or this
+            # one a fork that waited still
+            settled = all(then is first and could for then, could in self.before) or not self.chains
             if first_ran and roomy and settled and first is not None:
                 assert first not in output.schedule.preempted
                 assert first.row in output.batch.rows or first.finished, "the one that came first did not go on"
-        self.before.append((first, roomy))
+        self.before.append((first, first_ran and roomy))
         self.check_books()
 
     def check_books(self) -> None:
@@ -504,6 +506,27 @@ def test_steps_are_shorter_for_the_sake_of(max_tokens, size):
     house.add([3, 3, 1], max_tokens)
     house.step()
     house.add([0] * 70, 4)
+    output = house.engine.step()
+    assert output is not None
+    assert (output.batch.num_decodes, output.batch.num_tokens) == (1, size)
+    house.drain()
+    house.check_answers(set())
+
+
+@pytest.mark.parametrize(
+    ("max_tokens", "begun", "read_along", "size"),
+    [(6, False, False, 32), (6, True, False, 32), (4, False, False, 8), (4, True, False, 8), (6, False, True, 8),
+     (6, True, True, 8)],
+    ids=["waits", "has begun", "waits, ends first", "has begun, ends first", "waits, read along", "has begun, read along"],
+)
+def test_whoever_comes_and_ends_last_is_not_held_up_unless_somebody_reads_along(max_tokens, begun, read_along, size):
+    house = House(num_blocks=90, block_size=4, num_rows=4, budget=32, mixed=8)
+    house.add([3, 3, 1], 6, read_along=read_along)
+    if begun:
+        house.add([0] * 70, max_tokens, read_along=False)
+    house.step()
+    if not begun:
+        house.add([0] * 70, max_tokens, read_along=False)
     output = house.engine.step()
     assert output is not None
     assert (output.batch.num_decodes, output.batch.num_tokens) == (1, size)

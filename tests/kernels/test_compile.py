@@ -12,7 +12,9 @@ import pytest
 
 pytest.importorskip("triton", reason="triton comes with torch's CUDA builds; without it there are no kernels to test")
 
+import torch
 from llmkit_kernels import gemm
+from llmkit_kernels.prepared import PreparedWeight
 
 KERNELS = {"_product", "_product_1", "_gate_up_silu_1", "_wide_product", "_silu_mul_pairs", "_decode", "_prefill",
            "_fixed_decode", "_fixed_prefill", "_rope_cache", "_add_rms_norm", "_embed_rms_norm", "_best_of_part", "_best_of_all",
@@ -55,4 +57,6 @@ def test_on_a_hopper_every_planned_tile_is_taken_as_it_is(monkeypatch):
     for n, k in ((4608, 3584), (3584, 18944), (3584, 3584), (37888, 3584), (4096, 1024), (1024, 3072), (152064, 3584)):
         for m in range(1, 2 * gemm.MOST_TOKENS + 1):
             tile = gemm.plan(n, k, m)
+            if not gemm.beats_cublas(PreparedWeight(torch.empty(n, k, device="meta")), m):
+                continue  # and nobody takes this one
             assert gemm.fitting.__wrapped__(tile, sum(gemm.token_tiles(m)), 2) == tile
