@@ -254,7 +254,7 @@ class Cut:
 def plan_decode(batch: int, kv_heads: int) -> Cut:
     """The cut for `batch` sequences of `kv_heads` heads each."""
     heads = batch * kv_heads
-    if heads > 512:
+    if heads >= 512:
         return Cut(1, 64, 1, 2)
     if heads >= 320:
         return Cut(2, 64, 8, 2)

@@ -88,8 +88,8 @@ def _plan_many(n: int, k: int, m: int, block_k: int) -> Tile:
         return Tile(64, block_k, 4, 3)
     if k >= 8192:
         return Tile(128, 128, 8, 3, 4) if k % 128 == 0 else Tile(64, block_k, 4, 4, 4)
-    if 2 * n * k <= _SMALL and MOST_TOKENS < m <= 192 and k % 256 == 0:
-        return Tile(64, 128, 4, 3, 2)
+    if 2 * n * k <= _SMALL and m <= 192 and k % 512 == 0:
+        return Tile(64, 128, 4, 3, 2 if n > 2048 else 4)
     if 2 * n * k <= _SMALL:
         return Tile(64, block_k, 4, 6, 1 if n > 2048 else max(1, min(3 if m <= MOST_TOKENS else 4, k // (4 * block_k))))
     return Tile(64, block_k, 4, 4 if n > 4096 else 6, max(1, min(3 if n > 4096 else 2, k // (4 * block_k))))

@@ -17,6 +17,7 @@ from llmkit.engine.batch import Batch
 from llmkit.engine.drawing import Drawing, Work
 from llmkit.engine.graphs import DecodeGraphs, DeviceRows
 from llmkit.engine.prompt_graphs import PromptGraphs
+from llmkit.engine.request import Request
 from llmkit.engine.rows import Rows
 from llmkit.engine.runner import Runner, StepResult
 from llmkit.engine.sampler import SampledTokens, TopLogprobs, compute_top, places
@@ -122,10 +123,9 @@ class CudaRunner(Runner):
     def _clear(self, schedule: Schedule) -> None:
         """Not needed: our kernels keep no number that reaches through a mask, see `rope_cache`."""
 
-    def _load_rows(self, schedule: Schedule) -> None:
-        super()._load_rows(schedule)
-        if schedule.admitted:
-            self.drawing.load(schedule.admitted)
+    def _begin(self, requests: list[Request]) -> None:
+        """As `Runner._begin`; how their tokens are drawn, too."""
+        self.drawing.load(requests)
 
     def _send_tables(self) -> None:
         if self.rows.grown:

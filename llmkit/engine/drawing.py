@@ -41,32 +41,24 @@ class Drawing:
     def __init__(self, state: DeviceRows, rows: Rows, sampling_rows: SamplingRows) -> None:
         self.state, self.rows, self.sampling = state, rows, sampling_rows
         self.device = state.position.device
-        count, device = state.num_rows + 1, self.device  # padding is the last row, and asks for nothing
-        self.cuts = filters.Cuts(torch.full((count,), filters.NO_LIMIT, dtype=torch.int32, device=device),
-                                 torch.ones(count, device=device),
-                                 torch.full((count,), filters.NO_LIMIT, dtype=torch.int32, device=device))  # fmt: skip
         self.penalties: penalties.Penalties | None = None  # made when first needed: a count for each row and token
-        self._work = np.zeros(count, np.int8)
+        self._work = np.zeros(state.num_rows + 1, np.int8)  # padding is the last row, and asks for nothing
 
     def load(self, requests: Sequence[Request]) -> None:
-        """Take over the parameters of requests whose rows are new, and where their newest tokens stand. Rows of torch's road ask
-        for nothing here."""
+        """Take over the parameters of requests whose rows are new, their newest tokens, and where these stand. Rows of torch's
+        road ask for nothing here."""
         ids = np.array([r.row for r in requests])
         by_torch = _mask(self.by_torch(ids), len(ids))
-        s, cuts = self.sampling, self.cuts
+        s = self.sampling
         greedy = (s.temperature.host[ids] < GREEDY_BELOW) | (s.top_k.host[ids] == 1)
         cutting = _mask(s.using("filtered", ids), len(ids)) & ~greedy & ~by_torch
         temperature = np.where(greedy, np.float32(0), s.temperature.host[ids])
         top_k = np.where(cutting & (s.top_k.host[ids] < s.vocab_size), s.top_k.host[ids], filters.NO_LIMIT)
         top_p = np.where(cutting, s.top_p.host[ids], np.float32(1))
         furthest = [filters.furthest(float(p)) if cut else filters.NO_LIMIT for p, cut in zip(s.min_p.host[ids], cutting)]
-        # two copies instead of seven: each costs the host ten microseconds or more, for which a first token waits
-        seeds, newest = [r.seed & (2**62 - 1) for r in requests], self.rows.num_tokens[ids].astype(np.int64) - 1
-        at, seeds, newest = self._send(np.stack((ids, seeds, newest))).unbind(0)
-        self.state.seed[at], self.state.position[at] = seeds, newest
+        position, seeds = self.rows.num_tokens[ids] - 1, np.array([r.seed & (2**62 - 1) for r in requests])
         numbers = np.stack((temperature.view(np.int32), top_k, top_p.view(np.int32), furthest)).astype(np.int32)
-        for mine, sent in zip((self.state.temperature, cuts.top_k, cuts.top_p, cuts.furthest), self._send(numbers).unbind(0)):
-            mine[at] = sent.view(mine.dtype)
+        at = self.state.admit(ids, np.stack((self.rows.token_ids[ids, position], position, seeds)).astype(np.int64), numbers)
         penalised = _mask(s.using("penalised", ids), len(ids)) & ~by_torch
         self._load_penalties(ids, at, penalised)
         self._work[ids] = np.where(penalised, Work.PENALISE, np.where(cutting, Work.FILTER, Work.DRAW))
@@ -110,7 +102,7 @@ class Drawing:
             penalties.penalise(logits, rows, self.penalties)
         kept = None
         if work >= Work.FILTER:
-            kept = filters.keep(logits, rows, s.temperature, self.cuts, filters.FilterScratch(batch, vocab, self.device))
+            kept = filters.keep(logits, rows, s.temperature, s.cuts, filters.FilterScratch(batch, vocab, self.device))
         scratch = sampling.SampleScratch(batch, vocab, self.device)
         token_ids = sampling.sample(
             logits, rows, s.temperature, s.seed, s.position, s.last_token, torch.empty_like(rows), scratch, s.num_rows, kept

@@ -15,9 +15,10 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from llmkit_kernels.filters import NO_LIMIT, Cuts
 from torch import Tensor
 
-from llmkit.transfer import fill, send
+from llmkit.transfer import fill, send_all
 from llmkit.whole_gpu import capturing
 
 T = TypeVar("T")
@@ -27,20 +28,32 @@ SIZES = [1, 2, 4, 8, 12, 16, 24, 32, 40, 48, 56, 64, *range(80, 257, 16), *range
 class DeviceRows:
     """State of the running requests on the device. Row `num_rows` belongs to nobody: padding computes there.
 
-    last_token, position (where that token stands), seed: int64. temperature: fp32, 0 = greedy. block_table: int32 [rows, blocks].
+    last_token, position (where that token stands), seed: int64. temperature: fp32, 0 = greedy. cuts: who may be drawn.
+    block_table: int32 [rows, blocks].
     """
 
     def __init__(self, num_rows: int, max_blocks: int, device: torch.device) -> None:
-        self.num_rows = num_rows
-        self.last_token, self.position, self.seed = torch.zeros(3, num_rows + 1, dtype=torch.int64, device=device).unbind(0)
-        self.temperature = torch.zeros(num_rows + 1, dtype=torch.float32, device=device)
+        self.num_rows, self._device = num_rows, device
+        self._wide = torch.zeros(3, num_rows + 1, dtype=torch.int64, device=device)
+        self._narrow = torch.zeros(4, num_rows + 1, dtype=torch.int32, device=device)
+        self.last_token, self.position, self.seed = self._wide.unbind(0)
+        temperature, top_k, top_p, furthest = self._narrow.unbind(0)
+        self.temperature, self.cuts = temperature.view(torch.float32), Cuts(top_k, top_p.view(torch.float32), furthest)
+        self.cuts.top_k[:], self.cuts.top_p[:], self.cuts.furthest[:] = NO_LIMIT, 1, NO_LIMIT
         self.block_table = torch.zeros(num_rows + 1, max_blocks, dtype=torch.int32, device=device)
         self.side = torch.cuda.Stream() if device.type == "cuda" else None  # where graphs are captured
 
+    def admit(self, rows: np.ndarray, wide: np.ndarray, narrow: np.ndarray) -> Tensor:
+        """New owners of these rows, int64 [n], which are returned on the device. wide: last_token, position and seed, int64
+        [3, n]; narrow: temperature, top-k, top-p and furthest, int32 [4, n], the bits of what is fp32."""
+        at, wide_there, narrow_there = send_all((rows, wide, narrow), self._device)
+        self._wide[:, at], self._narrow[:, at] = wide_there, narrow_there
+        return at
+
     def update_tables(self, rows: np.ndarray, tables: np.ndarray) -> None:
         """Send the block tables, int32 [n, blocks], of the rows where they have changed."""
-        device = self.block_table.device
-        self.block_table[send(rows, device)] = send(tables, device)
+        at, there = send_all((rows, tables), self._device)
+        self.block_table[at] = there
 
 
 def capture(body: Callable[[], T], side: torch.cuda.Stream | None, pool: Any = None) -> tuple[torch.cuda.CUDAGraph, T]:

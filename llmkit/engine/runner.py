@@ -127,7 +127,7 @@ class Runner:
             schedule.copies.clear()
 
     def _load_rows(self, schedule: Schedule) -> None:
-        """Unload rows that were given back; load what new ones need: sampling parameters, and their last known token."""
+        """Unload rows that were given back; load what new ones need."""
         while self.rows.released:
             self.sampling.clear(self.rows.released.pop())
         if not schedule.admitted:
@@ -135,7 +135,11 @@ class Runner:
         for request in schedule.admitted:
             self.sampling.set(request.row, request.params, seed=request.seed, stop_ids=request.stop_ids,
                               bad_words=request.bad_words, grammar=request.grammar)  # fmt: skip
-        rows = np.array([r.row for r in schedule.admitted])
+        self._begin(schedule.admitted)
+
+    def _begin(self, requests: list[Request]) -> None:
+        """What the device must know of requests whose rows are new: here, their newest token."""
+        rows = np.array([r.row for r in requests])
         newest = self.rows.token_ids[rows, self.rows.num_tokens[rows] - 1].astype(np.int64)
         self.last_token[self._index(rows)] = self._index(newest)
 
