@@ -284,6 +284,13 @@ class Scratch:
         self.arrivals = torch.zeros(batch * kv_heads, dtype=torch.int32, device=device)
 
 
+def scratch_bytes(most: int, heads: int, kv_heads: int, dim: int, max_context: int) -> int:
+    """Of the largest `Scratch` of up to `most` sequences: one more, and each has its chunks to itself."""
+    chunks = cdiv(max_context, CHUNK)
+    batch = min(most, cdiv(2 * num_sms(), kv_heads) - 1) if chunks > 1 else 0
+    return batch * chunks * heads * (dim + 2) * 4
+
+
 def decode(
     q: Tensor,
     k_cache: Tensor,

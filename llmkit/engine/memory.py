@@ -123,6 +123,10 @@ def plan_memory(
         block_bytes=kv_block_bytes(model, block_size, dtype), block_size=block_size,
         num_blocks=0, max_model_len=wanted_len, max_num_seqs=max_num_seqs,
     )  # fmt: skip
+    if kernels and config.deterministic:
+        from llmkit_kernels.fixed_attention import scratch_bytes
+
+        plan.activations += scratch_bytes(max_num_seqs, model.num_heads, model.num_kv_heads, model.head_dim, wanted_len)
     blocks_per_request = -(-wanted_len // block_size)
     fits = max(0, int(_kv_budget(config, plan, device) // plan.block_bytes))
     plan.num_blocks = config.num_kv_blocks or min(fits, blocks_per_request * max_num_seqs + 1)

@@ -166,3 +166,14 @@ def test_memory_that_runs_out_while_loading_is_typed_and_kept_by_nobody(dummy_fo
         LLM(dummy_folder, load_format="dummy")
     assert caught.value.__cause__ is caught.value.__context__ is None
     assert held[0]() is None
+
+
+def test_what_deterministic_steps_keep_aside_is_planned(monkeypatch):
+    pytest.importorskip("triton", reason="triton comes with torch's CUDA builds; without it there are no kernels")
+    from llmkit_kernels.fixed_attention import scratch_bytes
+
+    monkeypatch.setattr(memory.ops, "has_kernels", lambda device, dtype: True)
+    usual, fixed = plan(max_model_len=512, block_size=64), plan(max_model_len=512, block_size=64, deterministic=True)
+    assert fixed.activations - usual.activations == scratch_bytes(4, 6, 3, 8, 512) == 0, "a single chunk needs none"
+    usual, fixed = plan(max_model_len=4096, block_size=64), plan(max_model_len=4096, block_size=64, deterministic=True)
+    assert fixed.activations - usual.activations == 4 * 8 * 6 * (8 + 2) * 4

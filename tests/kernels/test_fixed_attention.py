@@ -226,3 +226,13 @@ def test_programs_about_fill_the_gpu(
     assert fixed_attention.plan(batch, kv_heads, max_chunks) == splits
     scratch = fixed_attention.Scratch(batch, 16, kv_heads, 64, max_chunks * fixed_attention.CHUNK, DEVICE)
     assert len(scratch.out) == (batch * max_chunks * 16 if splits > 1 else 0)
+
+
+@pytest.mark.parametrize(
+    ("most", "kv_heads", "context"), [(256, 4, 40_000), (256, 8, 1500), (16, 4, 4096), (1024, 3, 513), (64, 2, 512)]
+)
+def test_no_scratch_is_larger_than_is_planned_for(most: int, kv_heads: int, context: int) -> None:
+    heads, dim = 2 * kv_heads, 64
+    sizes = [fixed_attention.Scratch(batch, heads, kv_heads, dim, context, torch.device("meta")) for batch in range(1, most + 1)]
+    needed = max(4 * (s.out.numel() + s.high.numel() + s.total.numel()) for s in sizes)
+    assert needed == fixed_attention.scratch_bytes(most, heads, kv_heads, dim, context)

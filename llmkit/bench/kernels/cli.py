@@ -39,7 +39,8 @@ def add(commands: Any) -> None:
     p.add_argument("--rows", metavar="NAMES", help="only these, e.g. A-attention,B-qkv-32 (default: all)")
     p.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16", help="of weights and keys (default: bfloat16)")
     p.add_argument("--tiny", action="store_true",
-                   help="tiny shapes: shows that every kernel can be measured, with TRITON_INTERPRET=1 without a GPU, too")
+                   help="tiny shapes, launched without a graph: shows that every kernel can be measured, under "
+                        "compute-sanitizer or, with TRITON_INTERPRET=1, without a GPU, too")
     p.add_argument("--json", metavar="FILE", help="write a line of JSON a kernel, as soon as it is measured")
     p.add_argument("--markdown", action="store_true", help="print rows for llmkit/bench/RESULTS.md too")
 
@@ -66,7 +67,7 @@ def _measure(args: argparse.Namespace) -> int:
     with open(args.json, "w", encoding="utf-8") if args.json else nullcontext() as out:
         _write(out, {"bench": "kernels", "machine": asdict(machine), "ceilings": asdict(ceilings)})
         for name in wanted:
-            results.append({"name": name} | _one(known[name], device, ceilings))
+            results.append({"name": name} | _one(known[name], device, ceilings, args.tiny))
             _write(out, results[-1])
             print(line(results[-1]), flush=True)
     if args.markdown:
@@ -115,7 +116,7 @@ def _ceilings(device: torch.device, dtype: torch.dtype, model: ModelConfig, tiny
     return measure_ceilings(device, dtype, model, sizes=Sizes(1 << 20, 64, 1 << 16, 0.001) if tiny else SIZES[device.type])
 
 
-def _one(make: Callable[[], Work], device: torch.device, ceilings: Ceilings) -> dict[str, Any]:
+def _one(make: Callable[[], Work], device: torch.device, ceilings: Ceilings, tiny: bool) -> dict[str, Any]:
     """Check, then time. What breaks one kernel leaves the others."""
     import torch
 
@@ -124,8 +125,8 @@ def _one(make: Callable[[], Work], device: torch.device, ceilings: Ceilings) -> 
         with torch.inference_mode():
             work = make()
             distance = work.error()
-            seconds = _seconds(work.run, work.copies, device)
-            by_torch = _seconds(work.by_torch, work.copies, device) if work.by_torch else None
+            seconds = _seconds(work.run, work.copies, device, tiny)
+            by_torch = _seconds(work.by_torch, work.copies, device, tiny) if work.by_torch else None
     except Exception as error:
         said = "".join(traceback.format_exception(error))
         return {"error": f"{type(error).__name__}: {error}", "traceback": said, "wrong": True}
@@ -136,7 +137,7 @@ def _one(make: Callable[[], Work], device: torch.device, ceilings: Ceilings) -> 
             "wrong": distance is not None and not distance <= _TOLERANCE[ceilings.dtype]}  # fmt: skip
 
 
-def _seconds(run: Callable[[int], Any], copies: int, device: torch.device) -> float:
+def _seconds(run: Callable[[int], Any], copies: int, device: torch.device, tiny: bool) -> float:
     """Of one launch, the best of many; on a GPU from a graph, so that the host's part is not in it."""
     import torch
 
@@ -146,6 +147,8 @@ def _seconds(run: Callable[[int], Any], copies: int, device: torch.device) -> fl
         begin = time.perf_counter()
         run(0)
         return time.perf_counter() - begin
+    if tiny:  # for compute-sanitizer, under which nothing can be captured
+        return best_seconds(lambda: run(0), device, 0)
     run(0)
     graph, count = torch.cuda.CUDAGraph(), max(10, copies)
     with torch.cuda.graph(graph):
