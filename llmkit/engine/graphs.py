@@ -84,7 +84,8 @@ class DecodeGraphs:
 
     body: (rows int64 [B], work) -> (token ids int64 [B], logits fp32 [B, vocabulary]); reads and advances the device rows.
     work: a number that says how tokens are drawn; a graph is good for one. capture_seconds: what capturing each graph took.
-    compile: prepares for a body that will run.
+    compile: prepares for a body that will run. It is given the smaller sizes, too, through which a batch shrinks as its requests
+    end: their kernels are compiled side by side, in much less time than one size after the other.
     """
 
     def __init__(
@@ -96,6 +97,7 @@ class DecodeGraphs:
         self.rows = torch.full((max_size,), state.num_rows, dtype=torch.int64, device=state.position.device)
         self._graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, tuple[Tensor, Tensor]]] = {}
         self.capture_seconds: dict[tuple[int, int], float] = {}
+        self._prepared: set[tuple[int, int]] = set()
         self._pool = None
         self._loaded = np.empty(0, np.int64)
 
@@ -125,10 +127,22 @@ class DecodeGraphs:
         keep = self.rows[:size].clone()
         self.rows[:size] = self.state.num_rows
         try:
-            self.compile(lambda: self.body(self.rows[:size], work))
+            self._prepare(size, work)
             captured = capture(lambda: self.body(self.rows[:size], work), self.state.side, self._pool)
         finally:
             self.rows[:size] = keep
         self._pool = self._pool or captured[0].pool()
         self.capture_seconds[size, work] = time.perf_counter() - begin
         return captured
+
+    def _prepare(self, size: int, work: int) -> None:
+        """Compile for this size and for those below, unless that has been done."""
+        new = [s for s in self.sizes if s <= size and (s, work) not in self._prepared]
+
+        def steps() -> None:
+            for s in new:
+                self.body(self.rows[:s], work)
+
+        if size in new:
+            self.compile(steps)
+            self._prepared.update((s, work) for s in new)

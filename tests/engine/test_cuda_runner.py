@@ -253,9 +253,34 @@ def test_a_rehearsal_for_the_compiler_leaves_nothing_behind(gpu, plain, monkeypa
     prompts = [[5, 6, 7] * n for n in (1, 2, 14)]
     expected = said(plain, [p.clone(temperature=0, top_k=0) for p in each], prompts)
     assert said(gpu, each, prompts) == expected
-    assert len(rehearsals) >= 3, "prompts alone, decodes alone, of more sizes than one"
+    assert len(rehearsals) >= 2, "prompts alone, and decodes alone, of all sizes at once"
     assert set(rehearsals) == {(1, 1)}
     assert (len(fused.layers), len(fused.model.layers)) == (2, 2)
+
+
+def test_smaller_sizes_are_compiled_with_the_first_and_none_twice(monkeypatch):
+    monkeypatch.setattr(graphs, "capture", capture)
+    ran: list[tuple[int, int]] = []
+    compiled: list[list[tuple[int, int]]] = []
+
+    def body(rows: torch.Tensor, work: int) -> tuple[torch.Tensor, torch.Tensor]:
+        ran.append((len(rows), work))
+        assert work != 2, "broken"
+        return rows.clone(), torch.zeros(len(rows), 1)
+
+    def rehearse(steps: Any) -> None:
+        before = len(ran)
+        steps()
+        compiled.append(ran[before:])
+
+    decodes = graphs.DecodeGraphs(body, graphs.DeviceRows(16, 4, torch.device("cpu")), 16, False, rehearse)
+    for count, work in ((5, 0), (2, 0), (7, 0), (16, 0), (1, 1)):
+        decodes.run(np.arange(count), work)
+    assert compiled == [[(n, 0) for n in (1, 2, 4, 8)], [(12, 0), (16, 0)], [(1, 1)]]
+    for _ in range(2):
+        with pytest.raises(AssertionError, match="broken"):
+            decodes.run(np.arange(1), 2)
+    assert ran.count((1, 2)) == 2, "what did not compile is tried again"
 
 
 def test_eager_steps_are_padded_like_graphs(on_the_gpu, folder, plain):
