@@ -126,7 +126,7 @@ class RequestBuilder:
         for text, tokens in self._encode(prompts, add_special_tokens=True):
             self._check_length(tokens, self._max_len, "it")
             name, ids = f"emb-{next(self._ids)}", np.array(tokens, np.int32)
-            built.append((text, Request(name, ids, _NO_SAMPLING, max_total=len(ids), pooling=pooling)))
+            built.append((text, Request(name, ids, _NO_SAMPLING, max_total=len(ids), pooling=pooling, read_along=False)))
         return built
 
     def _encode(self, prompts: Sequence[Prompt], add_special_tokens: bool) -> list[tuple[str | None, Sequence[int] | np.ndarray]]:

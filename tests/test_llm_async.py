@@ -230,3 +230,20 @@ def test_a_loop_that_is_gone_stops_nobody(llm):
         time.sleep(0.01)
     assert all_free(llm)
     assert llm._driver._thread.is_alive()
+
+
+def test_the_engine_is_told_who_reads_along(llm, monkeypatch):
+    """For whose sake it keeps steps short."""
+    told, add = [], llm._engine.add
+    monkeypatch.setattr(llm._engine, "add", lambda request: (told.append(request.read_along), add(request)))
+
+    async def read() -> None:
+        await llm.agenerate("a", SHORT)
+        assert [c async for c in llm.astream("a", SHORT)]
+
+    llm.generate(["a", "b"], SHORT.clone(n=2))
+    llm.chat([{"role": "user", "content": "a"}], SHORT)
+    llm.embed("a")
+    assert list(llm.stream("a", SHORT))
+    asyncio.run(read())
+    assert told == [False] * 6 + [True] + [False, True]

@@ -100,7 +100,8 @@ def fitting(tile: Tile, tokens: int, bytes_each: int) -> Tile:
     """The tile itself on a Hopper, for which it was planned; where shared memory is smaller, with fewer stages or columns."""
     column = (tile.block_n + tokens) * bytes_each
     block_k = tile.block_k
-    while block_k > 32 and column * block_k > shared_memory():
+    least = min(2, tile.stages)  # fewer columns rather than waiting for each tile
+    while block_k > 32 and least * column * block_k > shared_memory():
         block_k //= 2
     return replace(tile, block_k=block_k, stages=stages_that_fit(tile.stages, column * block_k))
 

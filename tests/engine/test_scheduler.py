@@ -296,7 +296,7 @@ def houses(draw: st.DrawFn, **fixed: object) -> House:
 # Long prompts of two tokens only: many share a beginning, and answers share theirs.
 prompts = st.builds(lambda start, length, tail: ([start] * length) + tail, st.integers(0, 1), st.integers(0, 12),
                     st.lists(st.integers(0, 1), min_size=1, max_size=6))  # fmt: skip
-arrivals = st.tuples(st.just("add"), prompts, st.integers(1, 12), st.integers(1, 3), st.integers(0, 2))
+arrivals = st.tuples(st.just("add"), prompts, st.integers(1, 12), st.integers(1, 3), st.integers(0, 2), st.booleans())
 actions = st.one_of(arrivals, st.tuples(st.just("step"), st.integers(1, 6)), st.tuples(st.just("abort"), st.integers(0, 40)),
                     st.tuples(st.just("fail"), st.integers(1, 2)))  # fmt: skip
 
@@ -307,8 +307,7 @@ def test_random_arrivals_aborts_and_preemptions(house, todo):
     aborted: set[int] = set()
     for action, *arguments in todo:
         if action == "add":
-            prompt, max_tokens, n, priority = arguments
-            house.add(prompt, max_tokens, n, priority)
+            house.add(*arguments)
         elif action == "step":
             for _ in range(arguments[0]):
                 house.step()
@@ -515,8 +514,8 @@ def test_steps_are_shorter_for_the_sake_of(max_tokens, size):
 
 @pytest.mark.parametrize(
     ("max_tokens", "begun", "read_along", "size"),
-    [(6, False, False, 32), (6, True, False, 32), (4, False, False, 8), (4, True, False, 8), (6, False, True, 8),
-     (6, True, True, 8)],
+    [(5, False, False, 32), (5, True, False, 32), (4, False, False, 8), (4, True, False, 8), (5, False, True, 8),
+     (5, True, True, 8)],
     ids=["waits", "has begun", "waits, ends first", "has begun, ends first", "waits, read along", "has begun, read along"],
 )
 def test_whoever_comes_and_ends_last_is_not_held_up_unless_somebody_reads_along(max_tokens, begun, read_along, size):
@@ -530,6 +529,19 @@ def test_whoever_comes_and_ends_last_is_not_held_up_unless_somebody_reads_along(
     output = house.engine.step()
     assert output is not None
     assert (output.batch.num_decodes, output.batch.num_tokens) == (1, size)
+    house.drain()
+    house.check_answers(set())
+
+
+def test_who_was_preempted_writes_only_what_is_left_of_his_answer():
+    house = House(num_blocks=90, block_size=4, num_rows=4, budget=32, mixed=8)
+    request = house.add([3, 3, 1], 6)[0]
+    for _ in range(2):
+        house.step()
+    scheduler = house.engine.scheduler
+    scheduler._preempt(request)
+    assert len(request.generated) == 2
+    assert scheduler._newest_answer(np.empty(0, np.int64)) == 4
     house.drain()
     house.check_answers(set())
 

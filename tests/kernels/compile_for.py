@@ -79,6 +79,8 @@ def products() -> None:
     for n, k in ((37888, 3584), (6144, 1024)):
         for m in (1, 128):
             gemm.gate_up_silu(empty(m, k), PreparedWeight(empty(n, k)))
+        for m in (144, 192, 256) if n * k < 1 << 23 else ():
+            gemm.gate_up_silu(empty(m, k), PreparedWeight(empty(n, k)))
         for m in (180, 256, 500, 1000, 5000):
             tile = wide_gemm.plan(n, k, m) or wide_gemm.WideTile(64, 128, 32, 4, 3)
             wide_gemm.gate_up_silu(empty(m, k), PreparedWeight(empty(n, k)), tile)
