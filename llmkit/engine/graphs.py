@@ -33,7 +33,7 @@ class DeviceRows:
     """
 
     def __init__(self, num_rows: int, max_blocks: int, device: torch.device) -> None:
-        self.num_rows, self._device = num_rows, device
+        self.num_rows = num_rows
         self._wide = torch.zeros(3, num_rows + 1, dtype=torch.int64, device=device)
         self._narrow = torch.zeros(4, num_rows + 1, dtype=torch.int32, device=device)
         self.last_token, self.position, self.seed = self._wide.unbind(0)
@@ -46,13 +46,13 @@ class DeviceRows:
     def admit(self, rows: np.ndarray, wide: np.ndarray, narrow: np.ndarray) -> Tensor:
         """New owners of these rows, int64 [n], which are returned on the device. wide: last_token, position and seed, int64
         [3, n]; narrow: temperature, top-k, top-p and furthest, int32 [4, n], the bits of what is fp32."""
-        at, wide_there, narrow_there = send_all((rows, wide, narrow), self._device)
+        at, wide_there, narrow_there = send_all((rows, wide, narrow), self._wide.device)
         self._wide[:, at], self._narrow[:, at] = wide_there, narrow_there
         return at
 
     def update_tables(self, rows: np.ndarray, tables: np.ndarray) -> None:
         """Send the block tables, int32 [n, blocks], of the rows where they have changed."""
-        at, there = send_all((rows, tables), self._device)
+        at, there = send_all((rows, tables), self.block_table.device)
         self.block_table[at] = there
 
 
@@ -85,7 +85,7 @@ class DecodeGraphs:
     body: (rows int64 [B], work) -> (token ids int64 [B], logits fp32 [B, vocabulary]); reads and advances the device rows.
     work: a number that says how tokens are drawn; a graph is good for one. capture_seconds: what capturing each graph took.
     compile: prepares for a body that will run. It is given the smaller sizes, too, through which a batch shrinks as its requests
-    end: their kernels are compiled side by side, in much less time than one size after the other.
+    end: their kernels are compiled side by side, rather than one size after the other.
     """
 
     def __init__(

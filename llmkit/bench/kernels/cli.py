@@ -147,7 +147,7 @@ def _seconds(run: Callable[[int], Any], copies: int, device: torch.device, tiny:
         begin = time.perf_counter()
         run(0)
         return time.perf_counter() - begin
-    if tiny:  # for compute-sanitizer, under which nothing can be captured
+    if tiny:  # for compute-sanitizer: the first capture failed under it
         return best_seconds(lambda: run(0), device, 0)
     run(0)
     graph, count = torch.cuda.CUDAGraph(), max(10, copies)
