@@ -32,26 +32,30 @@ def _sum_partials(base, offsets, mask, stride, SPLITS: tl.constexpr):
 
 
 @triton.jit
-def _head_pair(
-    qkv, bias, norm, cos, sin, first, rows, halves, mask, stride, eps, D: tl.constexpr,
-    SPLITS: tl.constexpr, BIAS: tl.constexpr, NORM: tl.constexpr, ROTARY: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
-    """Rows of heads from the qkv product, finished: summed, biased, normed, rotated. Returns the two halves [rows, D/2] fp32,
-    rounded to DTYPE after each step as the unfused layers round."""
-    low = first + rows[:, None] * D + halves[None, :]
-    a = _sum_partials(qkv, low, mask[:, None], stride, SPLITS)
-    b = _sum_partials(qkv, low + D // 2, mask[:, None], stride, SPLITS)
+def _load_pair(qkv, bias, first, rows, halves, mask, stride, D: tl.constexpr, SPLITS: tl.constexpr, BIAS: tl.constexpr):
+    """Rows of heads from the qkv product, summed and biased: their two halves [rows, D/2] fp32."""
+    column = rows[:, None] * D + halves[None, :]
+    a = _sum_partials(qkv + first, column, mask[:, None], stride, SPLITS)
+    b = _sum_partials(qkv + first, column + D // 2, mask[:, None], stride, SPLITS)
     if BIAS:
-        column = rows[:, None] * D + halves[None, :]
         a += tl.load(bias + column, mask=mask[:, None], other=0.0).to(tl.float32)
         b += tl.load(bias + column + D // 2, mask=mask[:, None], other=0.0).to(tl.float32)
+    return a, b
+
+
+@triton.jit
+def _finish_pair(
+    a, b, low, high, cos, sin, eps, D: tl.constexpr, NORM: tl.constexpr, ROTARY: tl.constexpr, DTYPE: tl.constexpr
+):  # fmt: skip
+    """The halves normed, by weights low and high [D/2], and rotated; rounded to DTYPE after each step as the unfused layers
+    round."""
     a, b = a.to(DTYPE).to(tl.float32), b.to(DTYPE).to(tl.float32)
     if NORM:
         scale = tl.rsqrt((tl.sum(a * a, axis=1) + tl.sum(b * b, axis=1)) / D + eps)[:, None]
-        a = (a * scale * tl.load(norm + halves).to(tl.float32)[None, :]).to(DTYPE).to(tl.float32)
-        b = (b * scale * tl.load(norm + D // 2 + halves).to(tl.float32)[None, :]).to(DTYPE).to(tl.float32)
+        a = (a * scale * low.to(tl.float32)[None, :]).to(DTYPE).to(tl.float32)
+        b = (b * scale * high.to(tl.float32)[None, :]).to(DTYPE).to(tl.float32)
     if ROTARY:
-        c, s = cos[None, :], sin[None, :]
+        c, s = cos.to(tl.float32)[None, :], sin.to(tl.float32)[None, :]
         a, b = a * c - b * s, b * c + a * s
     return a.to(DTYPE), b.to(DTYPE)
 
@@ -76,15 +80,17 @@ def _cut(position, window, splits, KEYS: tl.constexpr, WINDOW: tl.constexpr, LEA
     return start, first_tile, per_part, tl.cdiv(tiles, per_part)
 
 
-@triton.jit(do_not_specialize=["M", "stride", "table_stride"])
+@triton.jit(do_not_specialize=["stride", "table_stride"])
 def _decode(
     qkv, bias, q_norm, k_norm, cos_table, sin_table, k_cache, v_cache, block_tables, positions, rows_of, out,
     part_out, part_max, part_sum, arrivals,
-    M, table_stride, stride, scale, eps, window,
+    table_stride, stride, scale, eps, window,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr,
     IN_SPLITS: tl.constexpr, BIAS: tl.constexpr, NORM: tl.constexpr, ROTARY: tl.constexpr, WINDOW: tl.constexpr,
     INDEXED: tl.constexpr, LEAST: tl.constexpr, KEYS: tl.constexpr, AHEAD: tl.constexpr, CAP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
     g, slot = tl.program_id(0) % G, tl.program_id(0) // G
     b, part = slot // SPLITS, slot % SPLITS
     row_of = b.to(tl.int64)
@@ -92,15 +98,14 @@ def _decode(
         row_of = tl.load(rows_of + b)
     position = tl.load(positions + row_of)
     table = block_tables + row_of * table_stride
+    owned = tl.load(table) > 0
     start, first_tile, per_part, num_parts = _cut(position, window, SPLITS, KEYS, WINDOW, LEAST)
     lo = (first_tile + part * per_part) * KEYS
-    if PDL:
-        _wait(k_cache, v_cache, table, g, lo, position, G, D, BLOCK_SIZE, KEYS)
-    if part < num_parts:
+    if (part < num_parts) & owned:  # who has nothing to do waits for nobody
         _decode_part(
             qkv, bias, q_norm, k_norm, cos_table, sin_table, k_cache, v_cache, table, out, part_out, part_max, part_sum,
-            arrivals, b, g, part, slot, num_parts, position, start, lo, per_part, M, stride, scale, eps,
-            H, G, D, BLOCK_SIZE, ROWS, SPLITS, IN_SPLITS, BIAS, NORM, ROTARY, WINDOW, KEYS, AHEAD, CAP)  # fmt: skip
+            arrivals, b, g, part, slot, num_parts, position, start, lo, per_part, stride, scale, eps,
+            H, G, D, BLOCK_SIZE, ROWS, SPLITS, IN_SPLITS, BIAS, NORM, ROTARY, WINDOW, KEYS, AHEAD, CAP, PDL)  # fmt: skip
 
 
 @triton.jit
@@ -108,39 +113,63 @@ def _wait(
     k_cache, v_cache, table, g, lo, position, G: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr, KEYS: tl.constexpr
 ):
     """While the kernel before still runs: have the first tile brought near. Cached keys don't depend on that kernel."""
-    tl.extra.cuda.gdc_launch_dependents()
-    key = lo + tl.arange(0, KEYS)
+    LINES: tl.constexpr = D * 2 // 128 if D > 64 else 1  # of 128 bytes, of a key
+    i = tl.arange(0, KEYS * LINES)
+    key = lo + i // LINES
     near = tl.load(table + key // BLOCK_SIZE, mask=key < position, other=0).to(tl.int64)
-    line = ((near * G + g) * BLOCK_SIZE + key % BLOCK_SIZE) * D
-    for part in tl.static_range(D * 2 // 128):
-        _prefetch(k_cache + line + part * 64)
-        _prefetch(v_cache + line + part * 64)
+    line = ((near * G + g) * BLOCK_SIZE + key % BLOCK_SIZE) * D + i % LINES * 64
+    _prefetch(k_cache + line)
+    _prefetch(v_cache + line)
     tl.extra.cuda.gdc_wait()
 
 
 @triton.jit
 def _decode_part(
     qkv, bias, q_norm, k_norm, cos_table, sin_table, k_cache, v_cache, table, out, part_out, part_max, part_sum, arrivals,
-    b, g, part, slot, num_parts, position, start, lo, per_part, M, stride, scale, eps,
+    b, g, part, slot, num_parts, position, start, lo, per_part, stride, scale, eps,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr,
     IN_SPLITS: tl.constexpr, BIAS: tl.constexpr, NORM: tl.constexpr, ROTARY: tl.constexpr, WINDOW: tl.constexpr,
-    KEYS: tl.constexpr, AHEAD: tl.constexpr, CAP: tl.constexpr,
+    KEYS: tl.constexpr, AHEAD: tl.constexpr, CAP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     DTYPE: tl.constexpr = k_cache.dtype.element_ty
     SHARE: tl.constexpr = H // G
     rows, halves, dims, keys = tl.arange(0, ROWS), tl.arange(0, D // 2), tl.arange(0, D), tl.arange(0, KEYS)
     mine = rows < SHARE
-    cos = tl.load(cos_table + position * D + halves).to(tl.float32)
-    sin = tl.load(sin_table + position * D + D // 2 + halves).to(tl.float32)  # the second half of the table is not negated
+    # all is sent for before any of it is used; what the kernel before does not change, while that still runs
+    cos = tl.load(cos_table + position * D + halves)
+    sin = tl.load(sin_table + position * D + D // 2 + halves)  # the second half of the table is not negated
+    q_low, q_high, k_low, k_high = cos, cos, cos, cos
+    if NORM:
+        q_low, q_high = tl.load(q_norm + halves), tl.load(q_norm + D // 2 + halves)
+        k_low, k_high = tl.load(k_norm + halves), tl.load(k_norm + D // 2 + halves)
+    block = tl.load(table + position // BLOCK_SIZE).to(tl.int64)
+    if PDL:
+        _wait(k_cache, v_cache, table, g, lo, position, G, D, BLOCK_SIZE, KEYS)
     token = b.to(tl.int64) * (H + 2 * G) * D
-    qa, qb = _head_pair(
-        qkv, bias + g * SHARE * D, q_norm, cos, sin, token + g * SHARE * D, rows, halves, mine, stride, eps, D,
-        IN_SPLITS, BIAS, NORM, ROTARY, DTYPE)  # fmt: skip
+    one = tl.arange(0, 1)
+    qa, qb = _load_pair(qkv, bias + g * SHARE * D, token + g * SHARE * D, rows, halves, mine, stride, D, IN_SPLITS, BIAS)
+    ka1, kb1 = _load_pair(qkv, bias + (H + g) * D, token + (H + g) * D, one, halves, one == 0, stride, D, IN_SPLITS, BIAS)
+    v1 = _sum_partials(qkv + token, (H + G + g) * D + dims, dims < D, stride, IN_SPLITS)
+    if BIAS:
+        v1 += tl.load(bias + (H + G + g) * D + dims).to(tl.float32)
+    qa, qb = _finish_pair(qa, qb, q_low, q_high, cos, sin, eps, D, NORM, ROTARY, DTYPE)
+    ka1, kb1 = _finish_pair(ka1, kb1, k_low, k_high, cos, sin, eps, D, NORM, ROTARY, DTYPE)
+    v1 = v1.to(DTYPE)
 
-    hi = tl.minimum(lo + per_part * KEYS, position)  # cached keys; the new one is taken from registers
-    high = tl.full([ROWS], -float("inf"), tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    acc = tl.zeros([ROWS, D], tl.float32)
+    # the new token, taken from registers, begins the sum of the last part, for there it stands
+    last = part == num_parts - 1
+    score = tl.sum(qa.to(tl.float32) * ka1.to(tl.float32), axis=1) + tl.sum(qb.to(tl.float32) * kb1.to(tl.float32), axis=1)
+    high = tl.where(last, log2_scores(score, scale, CAP), -float("inf"))
+    total = tl.where(last, tl.full([ROWS], 1.0, tl.float32), 0.0)
+    acc = tl.where(last, tl.zeros([ROWS, D], tl.float32) + v1.to(tl.float32)[None, :], 0.0)
+    if last:  # a value that broke is kept as in `_rope_cache`
+        row1 = ((block * G + g) * BLOCK_SIZE + position % BLOCK_SIZE) * D
+        broken = tl.min(finite(v1).to(tl.int32), axis=0) == 0
+        tl.store(k_cache + row1 + halves[None, :], tl.where(broken, float("nan"), ka1).to(DTYPE))
+        tl.store(k_cache + row1 + D // 2 + halves[None, :], tl.where(broken, float("nan"), kb1).to(DTYPE))
+        tl.store(v_cache + row1 + dims, tl.where(finite(v1), v1, 0.0).to(DTYPE))
+
+    hi = tl.minimum(lo + per_part * KEYS, position)
     if AHEAD:  # a tile's block is looked up while the tile before it is computed, so that its keys can be sent for early
         near = tl.load(table + lo // BLOCK_SIZE)
     for tile in range(lo, hi, KEYS):
@@ -151,11 +180,15 @@ def _decode_part(
         if AHEAD:
             row = ((near.to(tl.int64) * G + g) * BLOCK_SIZE + tile % BLOCK_SIZE + keys) * D
             near = tl.load(table + tl.minimum(tile + KEYS, position) // BLOCK_SIZE)
+        elif BLOCK_SIZE % KEYS == 0:
+            there = tl.load(table + tile // BLOCK_SIZE).to(tl.int64)
+            row = (keys + tile % BLOCK_SIZE) * D + (there * G + g) * (BLOCK_SIZE * D)
         else:
-            block = tl.load(table + key // BLOCK_SIZE, mask=seen, other=0).to(tl.int64)
-            row = ((block * G + g) * BLOCK_SIZE + key % BLOCK_SIZE) * D
-        ka = tl.load(k_cache + row[:, None] + halves[None, :])
-        kb = tl.load(k_cache + row[:, None] + D // 2 + halves[None, :])
+            there = tl.load(table + key // BLOCK_SIZE, mask=seen, other=0).to(tl.int64)
+            row = ((there * G + g) * BLOCK_SIZE + key % BLOCK_SIZE) * D
+        # with masks, for half a tile of each sequence, on average, is nobody's
+        ka = tl.load(k_cache + row[:, None] + halves[None, :], mask=seen[:, None], other=0.0)
+        kb = tl.load(k_cache + row[:, None] + D // 2 + halves[None, :], mask=seen[:, None], other=0.0)
         scores = tl.dot(qa, tl.trans(ka))
         scores = log2_scores(tl.dot(qb, tl.trans(kb), scores), scale, CAP)
         scores = tl.where(seen[None, :], scores, -float("inf"))
@@ -163,36 +196,10 @@ def _decode_part(
         safe = tl.where(new_high == -float("inf"), 0.0, new_high)
         weights = tl.exp2(scores - safe[:, None])
         fade = tl.exp2(high - safe)
-        v = tl.load(v_cache + row[:, None] + dims[None, :])
+        v = tl.load(v_cache + row[:, None] + dims[None, :], mask=seen[:, None], other=0.0)
         acc = acc * fade[:, None]
         acc = tl.dot(weights.to(DTYPE), v, acc)
         total = total * fade + tl.sum(weights, axis=1)
-        high = new_high
-
-    if part == num_parts - 1:  # the new token stands at the end
-        one = tl.arange(0, 1)
-        only = one == 0
-        k_first = token + (H + g) * D
-        ka1, kb1 = _head_pair(
-            qkv, bias + (H + g) * D, k_norm, cos, sin, k_first, one, halves, only, stride, eps, D,
-            IN_SPLITS, BIAS, NORM, ROTARY, DTYPE)  # fmt: skip
-        v1 = _sum_partials(qkv, token + (H + G + g) * D + dims, dims < D, stride, IN_SPLITS)
-        if BIAS:
-            v1 += tl.load(bias + (H + G + g) * D + dims).to(tl.float32)
-        v1 = v1.to(DTYPE)
-        block = tl.load(table + position // BLOCK_SIZE).to(tl.int64)
-        row = ((block * G + g) * BLOCK_SIZE + position % BLOCK_SIZE) * D
-        if block > 0:  # the padding block stays as it is; and a value that broke is kept as in `_rope_cache`
-            broken = tl.min(finite(v1).to(tl.int32), axis=0) == 0
-            tl.store(k_cache + row + halves[None, :], tl.where(broken, float("nan"), ka1).to(DTYPE))
-            tl.store(k_cache + row + D // 2 + halves[None, :], tl.where(broken, float("nan"), kb1).to(DTYPE))
-            tl.store(v_cache + row + dims, tl.where(finite(v1), v1, 0.0).to(DTYPE))
-        score = tl.sum(qa.to(tl.float32) * ka1.to(tl.float32), axis=1) + tl.sum(qb.to(tl.float32) * kb1.to(tl.float32), axis=1)
-        score = log2_scores(score, scale, CAP)
-        new_high = tl.maximum(high, score)
-        weight, fade = tl.exp2(score - new_high), tl.exp2(high - new_high)
-        acc = acc * fade[:, None] + weight[:, None] * v1.to(tl.float32)[None, :]
-        total = total * fade + weight
         high = new_high
 
     head = b * H + g * SHARE + rows
@@ -241,7 +248,8 @@ class Cut:
     whether a tile's block is looked up one tile ahead.
 
     Fixed by the size of the batch alone, so that results repeat. Measured on an H100: few sequences want a program on each
-    multiprocessor, with much under way; many sequences want many programs there, each with a tile or two.
+    multiprocessor, with much under way; many sequences want four there, each with a tile under way (the registers allow no
+    more, and five were slower).
     """
 
     splits: int
@@ -254,8 +262,10 @@ class Cut:
 def plan_decode(batch: int, kv_heads: int) -> Cut:
     """The cut for `batch` sequences of `kv_heads` heads each."""
     heads = batch * kv_heads
-    if heads >= 512:
+    if heads >= 896:
         return Cut(1, 64, 1, 2)
+    if heads >= 512:
+        return Cut(2, 64, 10, 2)
     if heads >= 320:
         return Cut(2, 64, 8, 2)
     if heads >= 192:
@@ -274,7 +284,7 @@ class DecodeScratch:
         splits = self.cut.splits
         self.out = torch.empty(batch * splits * heads, dim, dtype=torch.float32, device=device)
         self.high, self.total = torch.empty(2, batch * splits * heads, dtype=torch.float32, device=device).unbind(0)
-        self.arrivals = torch.zeros(batch * kv_heads, dtype=torch.int32, device=device)
+        self.arrivals = torch.zeros(batch * kv_heads if splits > 1 else 0, dtype=torch.int32, device=device)
 
 
 def fused_decode(
@@ -298,8 +308,8 @@ def fused_decode(
     qkv: fp32 partial products [S, M, (H+2G)·D], or [M, (H+2G)·D]. bias: [(H+2G)·D]. norms: q and k norm weights [D], eps.
     tables: cos and sin [positions, D], sin's first half negated as in `RotaryEmbedding`; None: no rotation. rows: int64 [M],
     which row of block_tables int32 [R, blocks] and positions int64 [R] a sequence has; None: sequence i has row i. positions:
-    where the new token stands; its key and value are written to the cache here, but never to block 0, which is padding. out:
-    [M, H·D]. soft_cap: see `log2_scores`.
+    where the new token stands; its key and value are written to the cache here. A row whose first block is 0 is padding: it
+    costs nothing, and its part of `out` stays as it is. out: [M, H·D]. soft_cap: see `log2_scores`.
     Reference: sum, add, `rms_norm`, `rotate`, `write_kv`, `paged_attention`.
     """
     in_splits = qkv.shape[0] if qkv.dim() == 3 else 1
@@ -314,7 +324,7 @@ def fused_decode(
     _decode[(batch * kv_heads * cut.splits,)](
         qkv, bias if bias is not None else qkv, q_norm, k_norm, cos, sin, k_cache, v_cache, block_tables, positions,
         positions if rows is None else rows, out, scratch.out, scratch.high, scratch.total, scratch.arrivals,
-        batch, block_tables.stride(0), batch * qkv.shape[-1], scale, eps, window or 0,
+        block_tables.stride(0), batch * qkv.shape[-1], scale, eps, window or 0,
         H=heads, G=kv_heads, D=dim, BLOCK_SIZE=size, ROWS=max(16, next_power_of_2(heads // kv_heads)), SPLITS=cut.splits,
         IN_SPLITS=in_splits, BIAS=bias is not None, NORM=norms is not None, ROTARY=tables is not None, WINDOW=window is not None,
         INDEXED=rows is not None, LEAST=cut.least, KEYS=cut.tile, AHEAD=ahead, CAP=soft_cap or 0.0,

@@ -118,8 +118,10 @@ def test_padding_writes_nothing_into_the_block_that_others_read() -> None:
     qkv, where = poisoned(batch, (heads + 2 * kv_heads) * dim), torch.zeros(batch, dtype=torch.int64, device=DEVICE)
     scratch = decode_attention.DecodeScratch(batch, heads, kv_heads, dim, DEVICE)
     tables = torch.zeros(batch, 2, dtype=torch.int32, device=DEVICE)
+    out = poisoned(batch, heads * dim)
     decode_attention.fused_decode(qkv, None, None, rotary(8, dim), k_cache, v_cache, tables, where, None, dim**-0.5, None,
-                                  scratch, poisoned(batch, heads * dim))  # fmt: skip
+                                  scratch, out)  # fmt: skip
+    assert out.isnan().all(), "nothing is computed for it"
     rope_cache.rope_cache(qkv.view(batch, -1, dim), None, rotary(8, dim), where, where + 5, k_cache, v_cache)
     assert torch.equal(k_cache, before[0])
     assert torch.equal(v_cache, before[1])
