@@ -83,9 +83,9 @@ class CudaRunner(Runner):
     @property
     def mixed_tokens(self) -> int | None:
         """As `Runner.mixed_tokens`: what is replayed and as short as pays, measured on an H100. Who waits for a big model to read
-        its weights may as well compute these tokens; a small one is done with twice as many in half the time."""
+        its weights may as well compute these tokens; a small one is done with four times as many in half the time."""
         tokens = prompt_graphs.TOKENS[-1]
-        return None if not self._replays_prompts else tokens // 2 if self.model.weight_bytes > _LITTLE else tokens
+        return None if not self._replays_prompts else tokens // 4 if self.model.weight_bytes > _LITTLE else tokens
 
     @torch.inference_mode()
     def run(self, batch: Batch, schedule: Schedule) -> StepResult:

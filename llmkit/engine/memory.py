@@ -14,7 +14,7 @@ from llmkit.models.config import ModelConfig
 
 GiB = 1 << 30
 _USABLE = 0.97  # of the memory that is free: the driver and fragments take the rest
-GRAPH_TOKENS = 1024  # of the largest captured step with prompts, which keeps its intermediates
+GRAPH_TOKENS = 2048  # of the largest captured step with prompts, which keeps its intermediates
 _CPU_KV_LIMIT = 4 * GiB  # a CPU decodes too slowly to fill more; kv_cache_memory= asks for more
 
 

@@ -23,7 +23,7 @@ from llmkit.engine.graphs import DeviceRows, capture
 from llmkit.engine.memory import GRAPH_TOKENS
 from llmkit.transfer import fill
 
-TOKENS = [32, 64, 128, *range(256, GRAPH_TOKENS + 1, 128)]
+TOKENS = [32, 64, 128, *range(256, 1025, 128), *range(1280, GRAPH_TOKENS + 1, 256)]
 DECODES = [0, 16, 64, 256, 512]
 PROMPTS = [4, 32, 128]
 

@@ -114,12 +114,12 @@ def test_a_padded_step_attends_as_the_reference(sequences, decodes, backend, mon
 
 def test_decodes_alone_and_too_many_have_no_size():
     assert size_of(make([(5, 4, 1)], 1)[1]) is None
-    assert size_of(make([(150, 0, 150)] * 7, 0)[1]) is None, "1,050 tokens"
+    assert size_of(dataclasses.replace(make([(5, 0, 5)], 0)[1], input_ids=np.zeros(TOKENS[-1] + 1))) is None
     many = dataclasses.replace(make([(5, 0, 5)] * 2, 0)[1], rows=np.arange(PROMPTS[-1] + 1))
     assert size_of(many) is None
 
 
-@given(st.integers(0, 600), st.integers(1, 40), st.integers(1, 1100))
+@given(st.integers(0, 600), st.integers(1, 40), st.integers(1, 2300))
 def test_a_size_has_room_and_is_the_smallest(decodes, prompts, prompt_tokens):
     one, _ = make([(5, 0, 5)], 0)
     batch = dataclasses.replace(
