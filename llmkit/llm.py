@@ -331,9 +331,7 @@ class LLM:
     ) -> list[Job]:
         """Validate and tokenise all; nothing is queued yet, so a bad prompt leaves nothing behind."""
         tokenizer = self._started.tokenizer
-        built = self._builder.build(prompts, params, priority, add_special_tokens=special)
-        for request in (r for _, requests in built for r in requests):
-            request.read_along = streaming
+        built = self._builder.build(prompts, params, priority, add_special_tokens=special, read_along=streaming)
         return [Job(text, requests, tokenizer, streaming) for text, requests in built]
 
     def _finish(self, jobs: list[Job], show_progress: bool) -> list[RequestOutput]:

@@ -112,13 +112,13 @@ class RequestBuilder:
 
     def build(
         self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None,
-        priority: int | Sequence[int] | None = 0, add_special_tokens: bool = True,
+        priority: int | Sequence[int] | None = 0, add_special_tokens: bool = True, read_along: bool = True,
     ) -> list[tuple[str | None, list[Request]]]:  # fmt: skip
-        """For each prompt its text and its n requests, the first of which the others are forks of."""
+        """For each prompt its text and its n requests, the first of which the others are forks of. read_along: as theirs."""
         encoded = self._encode(prompts, add_special_tokens)
         each, ranks = self._params(params, len(encoded)), self._priorities(priority, len(encoded))
         grammars = self._grammars(each)
-        return [(n, self._requests(t, p, r, grammars)) for (n, t), p, r in zip(encoded, each, ranks)]
+        return [(n, self._requests(t, p, r, grammars, read_along)) for (n, t), p, r in zip(encoded, each, ranks)]
 
     def build_pooled(self, prompts: Sequence[Prompt], pooling: str) -> list[tuple[str | None, Request]]:
         """For each prompt its text and a request that ends with a vector."""
@@ -167,8 +167,9 @@ class RequestBuilder:
         return list(params)
 
     def _requests(
-        self, tokens: Sequence[int] | np.ndarray, params: SamplingParams, priority: int, grammars: dict[int, Grammar]
-    ) -> list[Request]:
+        self, tokens: Sequence[int] | np.ndarray, params: SamplingParams, priority: int, grammars: dict[int, Grammar],
+        read_along: bool,
+    ) -> list[Request]:  # fmt: skip
         self._check(tokens, params)
         base = f"req-{next(self._ids)}"
         stops = tuple(dict.fromkeys([*(() if params.ignore_eos else self.eos_ids), *(params.stop_token_ids or ())]))
@@ -182,7 +183,7 @@ class RequestBuilder:
             request = Request(
                 id=base if i == 0 else f"{base}/{i}", prompt=prompt, params=params, stop_ids=stops,
                 bad_words=self._bad_words(params.bad_words), grammar=grammar.copy() if grammar else None,
-                seed=seed + i, max_total=total, priority=priority, fork_of=first,
+                seed=seed + i, max_total=total, priority=priority, fork_of=first, read_along=read_along,
             )  # fmt: skip
             first = first or request
             requests.append(request)
