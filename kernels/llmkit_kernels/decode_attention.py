@@ -262,9 +262,9 @@ class Cut:
 def plan_decode(batch: int, kv_heads: int) -> Cut:
     """The cut for `batch` sequences of `kv_heads` heads each."""
     heads = batch * kv_heads
-    if heads >= 896:
+    if heads >= 896 or batch >= 128:
         return Cut(1, 64, 1, 2)
-    if heads >= 512:
+    if heads >= 512:  # of few sequences: the longest would be waited for
         return Cut(2, 64, 10, 2)
     if heads >= 320:
         return Cut(2, 64, 8, 2)
