@@ -237,7 +237,7 @@ class EngineServer:
                 id=f"{message.id}/{i}" if i else message.id, prompt=prompt, params=params, stop_ids=message.stop_ids,
                 bad_words=message.bad_words, grammar=grammar.copy() if grammar else None, seed=message.seed + i,
                 max_total=message.max_total, priority=message.priority, pooling=message.pooling,
-                fork_of=requests[0] if requests else None,
+                read_along=message.read_along, fork_of=requests[0] if requests else None,
             )  # fmt: skip
             request.metrics.arrival_time = message.arrival
             requests.append(request)

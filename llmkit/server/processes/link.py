@@ -174,7 +174,7 @@ class EngineLink:
 
     def _open(self, prompt: TokenPrompt, params: SamplingParams, request_id: str, priority: int, streaming: bool) -> OpenJob:
         builder = self._ready_builder(1)
-        ((text, requests),) = builder.build([_as_dict(prompt)], params, priority)
+        ((text, requests),) = builder.build([_as_dict(prompt)], params, priority, read_along=streaming)
         for i, request in enumerate(requests):
             request.id = f"{request_id}/{i}" if i else request_id
         job = OpenJob(text, requests, self.tokenizer, streaming)
@@ -200,7 +200,8 @@ class EngineLink:
         first = job.requests[0]
         self._send(
             Add(handles[0], len(handles), first.id, first.prompt.tobytes(), plain_params(first.params), first.stop_ids,
-                first.bad_words, first.seed, first.max_total, first.priority, first.metrics.arrival_time, first.pooling)
+                first.bad_words, first.seed, first.max_total, first.priority, first.metrics.arrival_time, first.pooling,
+                first.read_along)
         )  # fmt: skip
 
     def _leave(self, job: AnyJob) -> None:

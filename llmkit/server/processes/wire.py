@@ -133,7 +133,7 @@ class EndRunning(Message):
 
 class Add(Message):
     """A prompt with its `count` requests, whose handles are handle, handle + 1, ... prompt: int32 ids. params: what differs from
-    SamplingParams(). pooling: "last" or "mean" when a vector is wanted and no tokens."""
+    SamplingParams(). pooling: "last" or "mean" when a vector is wanted and no tokens. read_along: as `Request`'s."""
 
     handle: int
     count: int
@@ -147,6 +147,7 @@ class Add(Message):
     priority: int = 0
     arrival: float = 0.0
     pooling: str | None = None
+    read_along: bool = True
 
 
 class End(Message):

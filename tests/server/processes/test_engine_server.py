@@ -24,10 +24,11 @@ class Far:
     def __init__(self, channel):
         self.channel, self.steps, self.refused = channel, [], []
 
-    def ask(self, handle, count=1, **options):
+    def ask(self, handle, count=1, read_along=True, **options):
         params = SamplingParams(**{"max_tokens": 8, "temperature": 0, "n": count} | options)
         prompt, longest = np.array([5, 6, 7], np.int32).tobytes(), 3 + (params.max_tokens or 500)
-        self.channel.send(Add(handle, count, f"r{handle}", prompt, plain_params(params), max_total=longest))
+        self.channel.send(Add(handle, count, f"r{handle}", prompt, plain_params(params), max_total=longest,
+                              read_along=read_along))  # fmt: skip
 
     def hear(self, until):
         end = time.monotonic() + 20
@@ -92,6 +93,16 @@ def test_one_message_a_step_has_all_tokens(engine):
     assert all(len(far.tokens(h)) == 8 for h in range(1, 11))
     assert len([s for s in far.steps if s.handles]) < 20
     assert sum(len(s.begun) for s in far.steps) == 10
+
+
+def test_it_is_known_who_reads_along(engine, monkeypatch):
+    server, front = engine
+    far, told, add = front(), {}, server._engine.add
+    monkeypatch.setattr(server._engine, "add", lambda request: (told.update({request.id: request.read_along}), add(request)))
+    far.ask(1, count=2, read_along=False)
+    far.ask(3)
+    far.hear(lambda f: len(f.ended) == 3)
+    assert told == {"r1": False, "r1/1": False, "r3": True}
 
 
 def test_the_engine_says_when_all_is_free_again(engine):

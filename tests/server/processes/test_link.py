@@ -73,6 +73,7 @@ def test_what_nobody_reads_yet_is_one_growing_piece(run, tokenizer):
         await asyncio.sleep(0.01)
         (add,) = engine.hear()
         assert (add.id, add.count, np.frombuffer(add.prompt, np.int32).tolist()) == ("r", 1, tokenizer.encode("one two"))
+        assert add.read_along
         tokens = tokenizer.encode(" three four five six seven")
         await engine.say([(add.handle, tokens[0])], begun=[Begun(add.handle, 1, 2.0, 3.0)])
         assert (await first).text == " three"
@@ -94,6 +95,7 @@ def test_a_stop_string_is_found_here_and_told(run, tokenizer):
         answer = asyncio.ensure_future(link.generate(prompt(tokenizer), SamplingParams(stop="six"), request_id="r"))
         await asyncio.sleep(0.01)
         (add,) = engine.hear()
+        assert not add.read_along
         for token in tokenizer.encode(" five six seven"):
             await engine.say([(add.handle, token)])
         output = await answer
