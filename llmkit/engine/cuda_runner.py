@@ -16,6 +16,7 @@ from llmkit.engine import prompt_graphs
 from llmkit.engine.batch import Batch
 from llmkit.engine.drawing import Drawing, Work
 from llmkit.engine.graphs import DecodeGraphs, DeviceRows
+from llmkit.engine.memory import LITTLE, graph_tokens
 from llmkit.engine.prompt_graphs import PromptGraphs
 from llmkit.engine.request import Request
 from llmkit.engine.rows import Rows
@@ -25,8 +26,6 @@ from llmkit.engine.scheduler import Schedule
 from llmkit.models.decoder import Decoder
 from llmkit.models.fixed import FixedForward
 from llmkit.models.fused import FusedForward
-
-_LITTLE = 4 << 30  # bytes, of weights and keys: some 1.4 ms of an H100
 
 
 class _OnTheWay(SampledTokens):
@@ -63,7 +62,8 @@ class CudaRunner(Runner):
         embedding = model.embedding.weight
         # of whichever graph ran last; made once, for when rows are attached again memory may be short
         self._logits = torch.empty(len(rows.requests), model.config.vocab_size, dtype=torch.float32, device=model.device)
-        self._hidden = None if enforce_eager else embedding.new_empty(prompt_graphs.TOKENS[-1], embedding.shape[1])
+        self._graph_tokens = graph_tokens(model.weight_bytes)
+        self._hidden = None if enforce_eager else embedding.new_empty(self._graph_tokens, embedding.shape[1])
         super().__init__(model, rows, num_blocks, max_tokens, dtype)
         self.passes = self.fused = FixedForward(model) if isinstance(self.backend, FixedBackend) else FusedForward(model)
         self._replays_prompts = not isinstance(self.backend, FlashBackend)  # which computes prompts itself
@@ -84,8 +84,8 @@ class CudaRunner(Runner):
     def mixed_tokens(self) -> int | None:
         """As `Runner.mixed_tokens`: what is replayed and as short as pays, measured on an H100. Who waits for a big model to read
         its weights may as well compute these tokens; a small one is done with four times as many in half the time."""
-        tokens = prompt_graphs.TOKENS[-1]
-        return None if not self._replays_prompts else tokens // 4 if self.model.weight_bytes > _LITTLE else tokens
+        tokens = self._graph_tokens
+        return None if not self._replays_prompts else tokens // 2 if self.model.weight_bytes > LITTLE else tokens
 
     @torch.inference_mode()
     def run(self, batch: Batch, schedule: Schedule) -> StepResult:
@@ -100,7 +100,7 @@ class CudaRunner(Runner):
 
     def _forward(self, batch: Batch) -> Tensor:
         """As `Runner._forward`."""
-        size = prompt_graphs.size_of(batch) if self._replays_prompts else None
+        size = prompt_graphs.size_of(batch, self._graph_tokens) if self._replays_prompts else None
         if size:
             self._send_tables()
             self.prompts.load(batch, size)
@@ -150,7 +150,7 @@ class CudaRunner(Runner):
         if self.drawing.by_torch(batch.rows[batch.sampled]).size:
             return 0
         keys = int(batch.context_lens.sum()) * self.model.config.kv_bytes_per_token * self.kv_cache.element_size()
-        return 2 if batch.num_decodes == len(batch.rows) and self.model.weight_bytes + keys < _LITTLE else 1
+        return 2 if batch.num_decodes == len(batch.rows) and self.model.weight_bytes + keys < LITTLE else 1
 
     def _finish(self, token_ids: Tensor, logits: Tensor, rows: np.ndarray) -> SampledTokens:
         """Draw again, in torch, for the rows that ask for more than the device knows; and the log-probabilities, of logits that

@@ -14,7 +14,8 @@ from llmkit.models.config import ModelConfig
 
 GiB = 1 << 30
 _USABLE = 0.97  # of the memory that is free: the driver and fragments take the rest
-GRAPH_TOKENS = 2048  # of the largest captured step with prompts, which keeps its intermediates
+LITTLE = 4 * GiB  # of weights and keys: some 1.4 ms of an H100
+GRAPH_TOKENS = 2048  # of the largest captured step with prompts, which keeps its intermediates, of a small model
 _CPU_KV_LIMIT = 4 * GiB  # a CPU decodes too slowly to fill more; kv_cache_memory= asks for more
 
 
@@ -117,9 +118,10 @@ def plan_memory(
     total, kernels = device_total(device), ops.has_kernels(device, dtype)
     block_size = config.block_size or (64 if kernels else 16)
     wanted_len = config.max_model_len or model.max_position
+    kept = min(max_tokens, graph_tokens(weights)) if kernels else 0
     plan = MemoryPlan(
         device=str(device), total=total, others=before, weights=weights,
-        activations=_activations(model, dtype, max_num_seqs, max_tokens + (min(max_tokens, GRAPH_TOKENS) if kernels else 0)),
+        activations=_activations(model, dtype, max_num_seqs, max_tokens + kept),
         block_bytes=kv_block_bytes(model, block_size, dtype), block_size=block_size,
         num_blocks=0, max_model_len=wanted_len, max_num_seqs=max_num_seqs,
     )  # fmt: skip
@@ -136,6 +138,12 @@ def plan_memory(
         plan.max_model_len = plan.kv_tokens
         plan.notes.append(f"max_model_len was shrunk from {wanted_len:,} to {plan.kv_tokens:,} tokens, which is what fits")
     return plan
+
+
+def graph_tokens(weights: int) -> int:
+    """Of the largest captured step with prompts. weights: bytes; a big model computes longer than the host launches, and padding
+    a long step to the next size would cost more."""
+    return GRAPH_TOKENS if weights <= LITTLE else GRAPH_TOKENS // 2
 
 
 def _activations(model: ModelConfig, dtype: torch.dtype, max_num_seqs: int, max_tokens: int) -> int:

@@ -23,7 +23,7 @@ from llmkit.engine.graphs import DeviceRows, capture
 from llmkit.engine.memory import GRAPH_TOKENS
 from llmkit.transfer import fill
 
-TOKENS = [32, 64, 128, *range(256, 1025, 128), *range(1280, GRAPH_TOKENS + 1, 256)]
+TOKENS = [32, 64, 128, *range(256, GRAPH_TOKENS + 1, 128)]
 DECODES = [0, 16, 64, 256, 512]
 PROMPTS = [4, 32, 128]
 
@@ -57,14 +57,14 @@ class Size(NamedTuple):
         return sum(self.wide) + sum(self.narrow) // 2
 
 
-def size_of(batch: Batch) -> Size | None:
-    """The smallest that the step fits; None for one of decodes alone, or too large."""
+def size_of(batch: Batch, most: int = GRAPH_TOKENS) -> Size | None:
+    """The smallest that the step fits; None for one of decodes alone, or too large: of more than `most` tokens, say."""
     decodes, tokens = _next(DECODES, batch.num_decodes), batch.num_tokens
     prompts = _next(PROMPTS, len(batch.rows) - batch.num_decodes)
     if batch.num_decodes == len(batch.rows) or decodes is None or prompts is None:
         return None
     tokens = _next(TOKENS, max(tokens, decodes))
-    return None if tokens is None else Size(tokens, decodes, prompts)
+    return None if tokens is None or tokens > most else Size(tokens, decodes, prompts)
 
 
 def _next(sizes: Sequence[int], count: int) -> int | None:

@@ -19,6 +19,7 @@ from llmkit.attention.reference import ReferenceBackend
 from llmkit.attention.triton import TritonBackend
 from llmkit.engine.batch import Batch, build_batch
 from llmkit.engine.graphs import DeviceRows
+from llmkit.engine.memory import graph_tokens
 from llmkit.engine.prompt_graphs import DECODES, PROMPTS, TOKENS, PromptGraphs, size_of
 from llmkit.engine.request import Request
 from llmkit.engine.rows import Rows
@@ -115,6 +116,8 @@ def test_a_padded_step_attends_as_the_reference(sequences, decodes, backend, mon
 def test_decodes_alone_and_too_many_have_no_size():
     assert size_of(make([(5, 4, 1)], 1)[1]) is None
     assert size_of(dataclasses.replace(make([(5, 0, 5)], 0)[1], input_ids=np.zeros(TOKENS[-1] + 1))) is None
+    assert size_of(make([(150, 0, 150)], 0)[1], most=128) is None
+    assert graph_tokens(14 << 30) < graph_tokens(1 << 30) == TOKENS[-1], "long steps of big models are not padded"
     many = dataclasses.replace(make([(5, 0, 5)] * 2, 0)[1], rows=np.arange(PROMPTS[-1] + 1))
     assert size_of(many) is None
 
