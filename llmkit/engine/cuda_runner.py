@@ -83,7 +83,7 @@ class CudaRunner(Runner):
     @property
     def mixed_tokens(self) -> int | None:
         """As `Runner.mixed_tokens`: what is replayed and as short as pays, measured on an H100. Who waits for a big model to read
-        its weights may as well compute these tokens; a small one is done with four times as many in half the time."""
+        its weights may as well compute these tokens; a small one's products want four times as many to be quick."""
         tokens = self._graph_tokens
         return None if not self._replays_prompts else tokens // 2 if self.model.weight_bytes > LITTLE else tokens
 
