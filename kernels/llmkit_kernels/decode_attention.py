@@ -69,25 +69,25 @@ def _prefetch(pointers):
 
 
 @triton.jit
-def _cut(position, window, splits, KEYS: tl.constexpr, WINDOW: tl.constexpr, LEAST: tl.constexpr):
+def _cut(position, window, splits, least, KEYS: tl.constexpr, WINDOW: tl.constexpr):
     """How the keys 0..position are cut: (first key seen, first tile, tiles of a part, number of parts)."""
     start = position * 0
     if WINDOW:
         start = tl.maximum(start, position + 1 - window)
     first_tile = start // KEYS
     tiles = tl.cdiv(position + 1, KEYS) - first_tile
-    per_part = tl.maximum(tl.cdiv(tiles, splits), LEAST)
+    per_part = tl.maximum(tl.cdiv(tiles, splits), least)
     return start, first_tile, per_part, tl.cdiv(tiles, per_part)
 
 
-@triton.jit(do_not_specialize=["stride", "table_stride"])
+@triton.jit(do_not_specialize=["stride", "table_stride", "least"])
 def _decode(
     qkv, bias, q_norm, k_norm, cos_table, sin_table, k_cache, v_cache, block_tables, positions, rows_of, out,
     part_out, part_max, part_sum, arrivals,
-    table_stride, stride, scale, eps, window,
+    table_stride, stride, scale, eps, window, least,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr,
     IN_SPLITS: tl.constexpr, BIAS: tl.constexpr, NORM: tl.constexpr, ROTARY: tl.constexpr, WINDOW: tl.constexpr,
-    INDEXED: tl.constexpr, LEAST: tl.constexpr, KEYS: tl.constexpr, AHEAD: tl.constexpr, CAP: tl.constexpr, PDL: tl.constexpr,
+    INDEXED: tl.constexpr, KEYS: tl.constexpr, AHEAD: tl.constexpr, CAP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -99,7 +99,7 @@ def _decode(
     position = tl.load(positions + row_of)
     table = block_tables + row_of * table_stride
     owned = tl.load(table) > 0
-    start, first_tile, per_part, num_parts = _cut(position, window, SPLITS, KEYS, WINDOW, LEAST)
+    start, first_tile, per_part, num_parts = _cut(position, window, SPLITS, least, KEYS, WINDOW)
     lo = (first_tile + part * per_part) * KEYS
     if (part < num_parts) & owned:  # who has nothing to do waits for nobody
         _decode_part(
@@ -224,7 +224,8 @@ def _combine(
     H: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """The last part to arrive adds all of them up, always in the same order. place: rows [ROWS] of the first part."""
-    parts = tl.arange(0, SPLITS)
+    PADDED: tl.constexpr = 4 if SPLITS == 3 else SPLITS  # a power of two
+    parts = tl.arange(0, PADDED)
     at = place[:, None] + parts[None, :] * H
     there = mine[:, None] & (parts[None, :] < num_parts)
     highs = tl.load(part_max + at, mask=there, other=-float("inf"), cache_modifier=".cg")
@@ -259,20 +260,21 @@ class Cut:
     ahead: bool = False
 
 
+# (sequences times key heads up to which, parts of a sequence at most, tiles of a part at least)
+_PARTS = ((319, 4, 4), (511, 2, 8), (895, 2, 10), (1 << 30, 1, 1))
+
+
 def plan_decode(batch: int, kv_heads: int) -> Cut:
     """The cut for `batch` sequences of `kv_heads` heads each."""
     heads = batch * kv_heads
-    if heads >= 896 or batch >= 128:
+    if batch >= 128 and heads < 1024:  # few heads of many sequences, which are short then
         return Cut(1, 64, 1, 2)
-    if heads >= 512:  # of few sequences: the longest would be waited for
-        return Cut(2, 64, 10, 2)
-    if heads >= 320:
-        return Cut(2, 64, 8, 2)
-    if heads >= 192:
-        return Cut(4, 64, 4, 2)
-    if heads >= 64:
+    if heads < 64:
+        return Cut(min(16, next_power_of_2(cdiv(3 * num_sms(), 4 * heads))), 64, 1, 3, ahead=True)
+    if heads < 192:
         return Cut(4, 64, 3, 3) if heads >= 128 else Cut(8, 64, 3, 3, ahead=True)
-    return Cut(min(16, next_power_of_2(cdiv(3 * num_sms(), 4 * heads))), 64, 1, 3, ahead=True)
+    splits, least = next((splits, least) for most, splits, least in _PARTS if heads <= most)
+    return Cut(splits, 64, least, 2)
 
 
 class DecodeScratch:
@@ -324,10 +326,10 @@ def fused_decode(
     _decode[(batch * kv_heads * cut.splits,)](
         qkv, bias if bias is not None else qkv, q_norm, k_norm, cos, sin, k_cache, v_cache, block_tables, positions,
         positions if rows is None else rows, out, scratch.out, scratch.high, scratch.total, scratch.arrivals,
-        block_tables.stride(0), batch * qkv.shape[-1], scale, eps, window or 0,
+        block_tables.stride(0), batch * qkv.shape[-1], scale, eps, window or 0, cut.least,
         H=heads, G=kv_heads, D=dim, BLOCK_SIZE=size, ROWS=max(16, next_power_of_2(heads // kv_heads)), SPLITS=cut.splits,
         IN_SPLITS=in_splits, BIAS=bias is not None, NORM=norms is not None, ROTARY=tables is not None, WINDOW=window is not None,
-        INDEXED=rows is not None, LEAST=cut.least, KEYS=cut.tile, AHEAD=ahead, CAP=soft_cap or 0.0,
+        INDEXED=rows is not None, KEYS=cut.tile, AHEAD=ahead, CAP=soft_cap or 0.0,
         num_warps=4, num_stages=cut.stages, **pdl(),
     )  # fmt: skip
     return out

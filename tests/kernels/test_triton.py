@@ -77,7 +77,7 @@ def test_logits(m: int) -> None:
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "dim", "size"), [(4, 2, 32, 16), (7, 1, 64, 64), (2, 2, 32, 32)])
-@pytest.mark.parametrize("cut", [(1, 64, 1, 2), (4, 64, 1, 3), (2, 64, 4, 2), (8, 64, 1, 3, True)])
+@pytest.mark.parametrize("cut", [(1, 64, 1, 2), (4, 64, 1, 3), (2, 64, 4, 2), (3, 64, 2, 2), (8, 64, 1, 3, True)])
 @pytest.mark.parametrize("options", ["plain", "bias", "norm", "window", "no rotary", "rows"])
 def test_fused_decode(heads: int, kv_heads: int, dim: int, size: int, cut: tuple[int, ...], options: str) -> None:
     """Some sequences have fewer tiles of keys than there may be parts."""
