@@ -110,6 +110,14 @@ def test_fused_decode(heads: int, kv_heads: int, dim: int, size: int, cut: tuple
     assert not scratch.arrivals.any()
 
 
+@pytest.mark.parametrize("kv_heads", [1, 2, 4, 8, 16])
+def test_every_batch_has_a_cut_whose_parts_the_kernel_adds_up(kv_heads: int) -> None:
+    cuts = [decode_attention.plan_decode(batch, kv_heads) for batch in range(1, 1025)]
+    assert {c.splits for c in cuts} <= {1, 2, 3, 4, 8, 16}, "of others there is no power of two to pad them to"
+    assert all(c.least >= 1 for c in cuts)
+    assert cuts[-1].splits == 1, "many sequences are enough programs as they are"
+
+
 def test_padding_writes_nothing_into_the_block_that_others_read() -> None:
     """Whatever it computes, even NaN: masked, a NaN is still a NaN."""
     heads, kv_heads, dim, size, batch = 4, 2, 32, 16, 3
