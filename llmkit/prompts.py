@@ -50,8 +50,9 @@ def _is_token_ids(value: Any) -> bool:
 
 
 def _are_ids(values: Iterable[Any]) -> bool:
-    """Whether all are integers; by their types, of which there are few, for a prompt may have 100,000 items."""
-    return all(issubclass(t, (int, np.integer)) and not issubclass(t, bool) for t in set(map(type, values)))
+    """Whether all are integers; by their types, of which there is mostly one, for a prompt may have 100,000 items."""
+    types = list(map(type, values))
+    return types.count(int) == len(types) or all(issubclass(t, (int, np.integer)) and t is not bool for t in set(types))
 
 
 class _Ids(NamedTuple):

@@ -145,12 +145,17 @@ class CudaRunner(Runner):
         return self._finish(self.drawing.draw(logits, self._index(rows), self.drawing.work(rows)), logits, rows)
 
     def steps_ahead(self, batch: Batch) -> int:
-        """One where the device chooses the tokens by itself; two after a step that reads so little that the host, held up for a
-        moment, would be late."""
+        """As `Runner.steps_ahead`: one where the device chooses the tokens by itself. Two where steps are short and the host,
+        held up for a moment, would be late: of a small model where nobody reads along (for whoever comes next waits for one
+        more), and after decodes that read little."""
         if self.drawing.by_torch(batch.rows[batch.sampled]).size:
             return 0
-        keys = int(batch.context_lens.sum()) * self.model.config.kv_bytes_per_token * self.kv_cache.element_size()
-        return 2 if batch.num_decodes == len(batch.rows) and self.model.weight_bytes + keys < LITTLE else 1
+        read = self.model.weight_bytes
+        if self.rows.read_along[batch.rows].any():
+            if batch.num_decodes < len(batch.rows):
+                return 1
+            read += int(batch.context_lens.sum()) * self.model.config.kv_bytes_per_token * self.kv_cache.element_size()
+        return 2 if read < LITTLE else 1
 
     def _finish(self, token_ids: Tensor, logits: Tensor, rows: np.ndarray) -> SampledTokens:
         """Draw again, in torch, for the rows that ask for more than the device knows; and the log-probabilities, of logits that

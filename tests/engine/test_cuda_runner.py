@@ -169,7 +169,10 @@ def test_what_the_device_draws_is_launched_ahead_and_graphs_are_kept_by_their_wo
     assert runner.graphs.capture_seconds.keys() == runner.graphs._graphs.keys()
     said(gpu, WARM.clone(logprobs=1), PROMPTS[:1])
     assert all(ahead), "log-probabilities follow their tokens"
-    assert set(ahead) == {1, 2}, "after prompts one step, after decodes that read as little as here two"
+    assert set(ahead) == {2}, "a model as small as this has short steps"
+    ahead.clear()
+    list(gpu.stream(PROMPTS[0], WARM))
+    assert (ahead[0], set(ahead[1:])) == (1, {2}), "where somebody reads along, after decodes that read as little as here"
     said(gpu, WARM.clone(logit_bias={5: 1.0}), PROMPTS[:1])
     assert not ahead[-1], "torch's sampler makes the host wait"
 
