@@ -68,6 +68,20 @@ def test_half_a_character_at_the_end_is_one_mark(tokenizer):
     assert job.output().outputs[0].text == "\ufffd"
 
 
+def test_a_whole_answer_is_made_once_when_the_last_of_its_answers_has_its_text(tokenizer):
+    requests = [Request(f"r{i}", np.array([1], np.int32), SamplingParams(n=2)) for i in range(2)]
+    job, said = Job("p", requests, tokenizer), []
+    for request, text in zip(requests, ("one two", "three")):
+        for token in tokenizer.encode(text):
+            job.take(request, token)
+        request.status, request.finish_reason = Status.FINISHED, "length"
+    for request in requests:  # both have ended, by one step
+        job.close(request)
+        said.append([a.text for a in job.output().outputs])
+    assert said == [["one two", ""], ["one two", "three"]]
+    assert job.output() is job.output(), "made while others went on"
+
+
 def test_logprobs_go_with_their_tokens(tokenizer):
     tokens = tokenizer.encode("one two three four")
     job, chunks = run(tokenizer, tokens, SamplingParams(logprobs=1))
