@@ -9,6 +9,8 @@ import importlib
 import time
 from typing import TYPE_CHECKING, Any
 
+from llmkit.garbage import nothing_is_garbage
+
 __version__ = "0.1.0"
 
 _HOMES = {  # public name -> the module it lives in (PEP 562)
@@ -68,7 +70,8 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'llmkit' has no attribute {name!r}")
     begin = time.perf_counter()
-    value = getattr(importlib.import_module(_HOMES[name]), name)
+    with nothing_is_garbage():
+        value = getattr(importlib.import_module(_HOMES[name]), name)
     import_seconds.setdefault(_HOMES[name], time.perf_counter() - begin)
     globals()[name] = value
     return value

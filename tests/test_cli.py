@@ -63,7 +63,7 @@ class FakeLLM:
 
 @pytest.fixture(autouse=True)
 def _fake_engine(monkeypatch):
-    monkeypatch.setitem(sys.modules, "llmkit.llm", types.SimpleNamespace(LLM=FakeLLM))
+    monkeypatch.setattr("llmkit.LLM", FakeLLM)
 
 
 def run(capsys, *argv):

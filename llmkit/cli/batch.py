@@ -100,7 +100,7 @@ def _here(args: argparse.Namespace, batch: Batch) -> None:
     import asyncio
 
     _check_endpoints()
-    from llmkit.llm import LLM
+    from llmkit import LLM
 
     options = engine_options(args)
     if "model" not in options:

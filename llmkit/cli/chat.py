@@ -42,7 +42,7 @@ def _chat(args: argparse.Namespace) -> int:
 
 
 def _local(args: argparse.Namespace, sampling: dict[str, Any]) -> Partner:
-    from llmkit.llm import LLM
+    from llmkit import LLM
     from llmkit.talk.partners import Local
 
     llm = LLM(**{"model": DEFAULT_MODEL} | engine_options(args))

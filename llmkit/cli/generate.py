@@ -92,7 +92,7 @@ def _text(value: Any) -> Any:
 def _generate(args: argparse.Namespace) -> None:
     options, prompts = sampling_options(args), _prompts(args)  # mistakes come to light before a model is loaded
     stream = _streams(args, options, prompts)
-    from llmkit.llm import LLM
+    from llmkit import LLM
 
     with LLM(**{"model": DEFAULT_MODEL} | engine_options(args)) as llm:
         params, start = llm.get_default_sampling_params().clone(**options), time.perf_counter()

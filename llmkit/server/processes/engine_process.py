@@ -26,10 +26,10 @@ import numpy as np
 from llmkit.config import EngineConfig
 from llmkit.engine.request import Request
 from llmkit.errors import EngineUnavailableError, InvalidRequestError, LlmkitError
+from llmkit.garbage import nothing_is_garbage, spare_what_is_there
 from llmkit.outputs import Logprob
 from llmkit.sampling_params import SamplingParams, StructuredOutputs
 from llmkit.server.processes.child import SAY_WHERE
-from llmkit.server.processes.garbage import spare_what_is_there
 from llmkit.server.processes.lifeline import when_stdin_closes
 from llmkit.server.processes.pulse import Pulse
 from llmkit.server.processes.wire import (
@@ -358,7 +358,8 @@ def main() -> None:
 def _start_and_run(control: Channel, begin: float) -> None:
     """Until Gone says that the supervisor is; a failed start exits with 1."""
     try:
-        server = _start(control, begin)
+        with nothing_is_garbage():
+            server = _start(control, begin)
     except LlmkitError as e:
         control.send(Failed(type(e).__name__, e.message, e.hint))
         sys.exit(1)

@@ -10,9 +10,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from llmkit.garbage import spare_what_is_there
 from llmkit.server.processes.far_shelf import FarShelf
 from llmkit.server.processes.front import HttpFront, log_to_stderr
-from llmkit.server.processes.garbage import spare_what_is_there
 from llmkit.server.processes.lifeline import when_stdin_closes
 from llmkit.server.processes.post import post
 from llmkit.server.processes.serve_options import Plan
