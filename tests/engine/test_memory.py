@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ from hypothesis import strategies as st
 
 from llmkit import LLM, SamplingParams
 from llmkit.config import EngineConfig
-from llmkit.engine import memory
+from llmkit.engine import memory, runner
 from llmkit.engine.memory import GiB, MemoryPlan, kv_block_bytes, plan_memory
 from llmkit.errors import OutOfMemoryError
 from llmkit.models.config import ModelConfig
@@ -177,3 +179,20 @@ def test_what_deterministic_steps_keep_aside_is_planned(monkeypatch):
     assert fixed.activations - usual.activations == scratch_bytes(4, 6, 3, 8, 512) == 0, "a single chunk needs none"
     usual, fixed = plan(max_model_len=4096, block_size=64), plan(max_model_len=4096, block_size=64, deterministic=True)
     assert fixed.activations - usual.activations == 4 * 8 * 6 * (8 + 2) * 4
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux how much memory is really there")
+def test_a_block_of_the_cache_costs_no_more_memory_than_it_has():
+    def resident():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+    cache, before = runner._zeros((60, 8 << 20), torch.uint8, CPU), resident()
+    cache[:, 4096 : 4096 + 6144] = 1
+    assert resident() - before < 2 << 20
+    assert cache[:, :4096].max() == 0
+    assert cache.sum() == 60 * 6144
+
+
+def test_a_cache_that_the_system_refuses_is_our_error():
+    with pytest.raises(OutOfMemoryError, match="no room for a KV cache of 1,073,741,824"):
+        runner._zeros((1 << 60,), torch.uint8, CPU)
