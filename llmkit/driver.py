@@ -6,12 +6,14 @@ beginning of every turn.
 
 from __future__ import annotations
 
+import ctypes
 import gc
+import sys
 import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from llmkit.embedding import EmbeddingJob
 from llmkit.engine.engine import Engine, StepOutput
@@ -194,9 +196,17 @@ class Driver:
             self._started = None
         self._wake.set()
         gc.collect()
+        _give_host_memory_back()
         if self in _on_gpus:
             _on_gpus.discard(self)
             _give_gpu_memory_back()
+
+
+def _give_host_memory_back() -> None:
+    """What was freed goes to the system: glibc keeps tensors of less than 32 MiB, which is most of a small model, for itself."""
+    if sys.platform == "linux":
+        with suppress(OSError, AttributeError):  # another C library
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def _give_gpu_memory_back() -> None:

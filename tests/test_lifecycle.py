@@ -59,6 +59,29 @@ def test_ten_leave_nothing(dummy_folder, smollm2_folder, weights):
     assert sizes[-1] - sizes[2] < 60, sizes
 
 
+ONE = """
+import sys
+import psutil
+from llmkit import LLM, SamplingParams
+def held():
+    return psutil.Process().memory_info().rss / 2**20
+print(held())
+with LLM(sys.argv[1]) as llm:
+    llm.generate(["Hello " * 150] * 8, SamplingParams(temperature=0, max_tokens=4, ignore_eos=True), use_tqdm=False)
+    print(held())
+print(held())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks glibc to let go of what was freed")
+def test_closing_gives_the_weights_memory_to_the_system(smollm2_folder):
+    done = subprocess.run([sys.executable, "-c", ONE, str(smollm2_folder)], capture_output=True, text=True, timeout=120,
+                          env=environment())  # fmt: skip
+    before, loaded, closed = map(float, done.stdout.split())
+    assert loaded - before > 260, "the weights have 257 MiB"
+    assert closed - before < 120, "libraries that were loaded on the way, and what they keep"
+
+
 def test_a_forgotten_one_is_freed(dummy_folder, new_threads):
     llm = load(dummy_folder)
     asyncio.run(llm.agenerate("Hello", SHORT))
