@@ -145,17 +145,21 @@ class CudaRunner(Runner):
         return self._finish(self.drawing.draw(logits, self._index(rows), self.drawing.work(rows)), logits, rows)
 
     def steps_ahead(self, batch: Batch) -> int:
-        """As `Runner.steps_ahead`: one where the device chooses the tokens by itself. Two where steps are short and the host,
-        held up for a moment, would be late: of a small model where nobody reads along (for whoever comes next waits for one
-        more), and after decodes that read little."""
-        if self.drawing.by_torch(batch.rows[batch.sampled]).size:
+        """As `Runner.steps_ahead`: one where the device chooses the tokens by itself, and more where the host, held up for a
+        moment, would be late. Two where steps are short: of a small model where nobody reads along (for whoever comes next waits
+        for one more), and after decodes that read little. Four where nobody reads along, and each will go on to an end that is
+        known: no token of theirs is computed for nothing."""
+        rows, weights = batch.rows, self.model.weight_bytes
+        if self.drawing.by_torch(rows[batch.sampled]).size:
             return 0
-        read = self.model.weight_bytes
-        if self.rows.read_along[batch.rows].any():
-            if batch.num_decodes < len(batch.rows):
-                return 1
-            read += int(batch.context_lens.sum()) * self.model.config.kv_bytes_per_token * self.kv_cache.element_size()
-        return 2 if read < LITTLE else 1
+        if not self.rows.read_along[rows].any():
+            if batch.num_tokens <= self._graph_tokens and not self.rows.may_stop[rows].any():
+                return 4
+            return 2 if weights < LITTLE else 1
+        if batch.num_decodes < len(rows):
+            return 1
+        keys = int(batch.context_lens.sum()) * self.model.config.kv_bytes_per_token * self.kv_cache.element_size()
+        return 2 if weights + keys < LITTLE else 1
 
     def _finish(self, token_ids: Tensor, logits: Tensor, rows: np.ndarray) -> SampledTokens:
         """Draw again, in torch, for the rows that ask for more than the device knows; and the log-probabilities, of logits that

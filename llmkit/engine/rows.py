@@ -13,7 +13,8 @@ class Rows:
     token_ids: int32 [rows, max_len], prompt then generated. num_prompt, num_tokens (known), num_pending (chosen by a step under
     way, not known yet), num_computed (in the KV cache when all that was launched is done), num_blocks (held), max_total (where
     generation must end): int32 [rows]. block_table: int32 [rows, max_blocks].
-    pooled: bool [rows], those that want a vector and no tokens. read_along: bool [rows], as `Request.read_along`.
+    pooled: bool [rows], those that want a vector and no tokens. read_along: bool [rows], as `Request.read_along`. may_stop: bool
+    [rows], those that a stop id or a stop string may end before max_total.
     stop_ids: int32 [rows, width], padded with -1; `stop_from` int32 [rows]: no stop id counts before this length.
     """
 
@@ -31,7 +32,7 @@ class Rows:
         self.num_blocks = np.zeros(num_rows, np.int32)
         self.num_hashed = np.zeros(num_rows, np.int32)
         self.max_total = np.zeros(num_rows, np.int32)
-        self.pooled, self.read_along = np.zeros((2, num_rows), bool)
+        self.pooled, self.read_along, self.may_stop = np.zeros((3, num_rows), bool)
         self.block_table = np.zeros((num_rows, -(-max_len // block_size)), np.int32)
         self.stop_ids = np.full((num_rows, 4), -1, np.int32)
         self.stop_from = np.zeros(num_rows, np.int32)
@@ -50,6 +51,7 @@ class Rows:
         self.num_pending[row] = self.num_computed[row] = self.num_blocks[row] = self.num_hashed[row] = 0
         self.max_total[row] = request.max_total
         self.pooled[row], self.read_along[row] = request.pooling is not None, request.read_along
+        self.may_stop[row] = bool(request.stop_ids or request.params.stop)
         self._set_stop_ids(row, request)
         request.row = row
         return row

@@ -24,6 +24,7 @@ from llmkit.engine.rows import Rows
 _GROUPS = 32  # when all rows are taken, newcomers are let in by groups of this part of the rows
 _PATIENCE = 16  # or after so many steps
 _LONG = 128  # tokens that are still to come of an answer
+_SOON = 16  # tokens until a block is needed, at most, when it is given early
 
 
 @dataclass
@@ -168,12 +169,24 @@ class Scheduler:
         missing = self.rows.missing_blocks(rows[order], new)
         if ahead and missing.clip(0).sum() > self.pool.num_free:
             return None
-        for i in np.flatnonzero((missing > 0) & (new > 0)):
+        grow = np.flatnonzero((missing > 0) & (new > 0))
+        for i in grow:
             self._make_room(requests[order[i]], int(missing[i]), result)
+        if ahead and grow.size:
+            self._grow_early(requests)
         keep = new > 0
         if result.preempted:
             keep &= np.fromiter((requests[i].status is Status.RUNNING for i in order), bool, len(order))
         return rows[order][keep], new[keep].astype(np.int32)
+
+    def _grow_early(self, requests: list[Request]) -> None:
+        """Give these, too, the block that they need soon, while there are plenty: sending block tables costs the device 12 µs
+        (an H100), and of a hundred requests one would need a block before nearly every step."""
+        rows = np.fromiter((r.row for r in requests), np.int64, len(requests))
+        soon = np.minimum(self.rows.num_coming(rows) + _SOON, self.rows.max_total[rows] - 1) - self.rows.num_computed[rows]
+        for i in np.flatnonzero(self.rows.missing_blocks(rows, soon) == 1):
+            if self.pool.num_free > len(requests):
+                self._hold(requests[i], self.pool.allocate(1))
 
     def _make_room(self, request: Request, missing: int, result: Schedule) -> None:
         """Get a running request its missing blocks, preempting the last to come, which may be itself."""

@@ -169,6 +169,9 @@ def test_what_the_device_draws_is_launched_ahead_and_graphs_are_kept_by_their_wo
     assert runner.graphs.capture_seconds.keys() == runner.graphs._graphs.keys()
     said(gpu, WARM.clone(logprobs=1), PROMPTS[:1])
     assert all(ahead), "log-probabilities follow their tokens"
+    assert set(ahead) == {4}, "these end at max_tokens and nowhere else"
+    ahead.clear()
+    said(gpu, WARM.clone(stop_token_ids=[100]), PROMPTS[:1])
     assert set(ahead) == {2}, "a model as small as this has short steps"
     ahead.clear()
     list(gpu.stream(PROMPTS[0], WARM))

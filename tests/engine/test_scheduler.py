@@ -166,7 +166,7 @@ class House:
     mixed: int | None = None
     everybody: list[Request] = field(default_factory=list)
     num_borrowers: int = 0
-    before: deque[tuple[Request | None, bool]] = field(default_factory=lambda: deque([(None, False)] * 2, 2))
+    before: deque[tuple[Request | None, bool]] = field(default_factory=lambda: deque([(None, False)] * 4, 4))
 
     @property
     def runner(self) -> ShadowRunner:
@@ -212,8 +212,8 @@ class House:
             assert output.batch.num_new.max() <= chunk
             self.num_borrowers += len(output.schedule.borrowers)
             roomy &= self.engine.scheduler.token_budget == self.budget
-            # a step that was launched ahead was planned up to two steps before: another may have been the first then, or this
-            # one a fork that waited still
+            # a step that was launched ahead was planned up to `chains` steps before: another may have been the first then, or
+            # this one a fork that waited still
             settled = all(then is first and could for then, could in self.before) or not self.chains
             if first_ran and roomy and settled and first is not None:
                 assert first not in output.schedule.preempted
@@ -287,7 +287,7 @@ def houses(draw: st.DrawFn, **fixed: object) -> House:
         "chunk_limit": draw(st.sampled_from([0, 1, 2, 5])),
         "caching": draw(st.booleans()),
         "by_priority": draw(st.booleans()),
-        "chains": draw(st.integers(0, 2)),
+        "chains": draw(st.integers(0, 4)),
         "mixed": draw(st.sampled_from([None, 1, 2, 5])),
     }
     return House(**options | fixed)  # type: ignore[arg-type]
@@ -629,3 +629,23 @@ def test_each_step_under_way_learns_what_it_began_with():
         batches.append(batch)
     house.engine._tell(np.array([2, 0, 1]), np.array([52, 50, 51]))
     assert [b.input_ids.tolist() for b in batches] == [[50, 51], [-1, 52]]
+
+
+@pytest.mark.parametrize(("num_blocks", "sends"), [(200, 1), (17, 8)])
+def test_blocks_that_are_needed_soon_come_together_while_there_are_plenty(num_blocks, sends):
+    """Eight requests need a second block one after the other. A step sends what has grown before it."""
+    house = House(num_blocks=num_blocks, block_size=32, num_rows=8, budget=1000, caching=False, chains=1)
+    goes_on = (p for start in range(500) for p in [[start % 4, start // 4 % 4, start // 16 % 4, start // 64]] if EOS not in p)
+    for length in (21, 22, 23, 24, 26, 27, 28, 29):  # at others a step waits for log-probabilities
+        tails = ([1] * (length - 4) + tail for tail in goes_on)
+        house.add(next(p for p in tails if len(alone(p, length + 16)) == 16), 16)
+    house.step()
+    grown = house.engine.rows.grown
+    grown.clear()
+    sent = 0
+    while house.engine.has_work:
+        house.step()
+        sent += bool(grown)
+        grown.clear()
+    house.check_answers(set())
+    assert sent == sends
