@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_TYPES = {"int64": torch.int64, "int32": torch.int32, "float32": torch.float32}
+_TYPES = {np.dtype(np.int64): torch.int64, np.dtype(np.int32): torch.int32, np.dtype(np.float32): torch.float32}
 
 
 def send(values: np.ndarray, device: torch.device) -> Tensor:
@@ -23,13 +23,18 @@ def send(values: np.ndarray, device: torch.device) -> Tensor:
 
 def send_all(arrays: Sequence[np.ndarray], device: torch.device) -> list[Tensor]:
     """As `send`, by one copy: each costs the host ten microseconds or more, for which a first token waits. Nothing is shared."""
-    ends = np.cumsum([-(-values.nbytes // 8) for values in arrays]).tolist()
-    staged = torch.empty(ends[-1], dtype=torch.int64, pin_memory=device.type == "cuda")
-    parts = list(zip(arrays, staged.split(np.diff(ends, prepend=0).tolist())))
-    for values, part in parts:
-        part.numpy().view(values.dtype)[: values.size] = values.ravel()
-    there = staged.to(device, non_blocking=True).split([len(part) for _, part in parts])
-    return [part.view(_TYPES[values.dtype.name])[: values.size].view(values.shape) for (values, _), part in zip(parts, there)]
+    counts = [-(-values.nbytes // 8) for values in arrays]
+    staged = torch.empty(sum(counts), dtype=torch.int64, pin_memory=device.type == "cuda")
+    host, begin = staged.numpy(), 0
+    for values, count in zip(arrays, counts):
+        host[begin : begin + count].view(values.dtype)[: values.size] = values.ravel()
+        begin += count
+    there, begin, sent = staged.to(device, non_blocking=True), 0, []
+    for values, count in zip(arrays, counts):
+        part = there[begin : begin + count].view(_TYPES[values.dtype])
+        sent.append((part[: values.size] if values.size < len(part) else part).view(values.shape))
+        begin += count
+    return sent
 
 
 def fill(target: Tensor, values: np.ndarray) -> None:

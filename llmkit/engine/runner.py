@@ -111,8 +111,12 @@ class Runner:
         """Compute the step's tokens and choose the next ones."""
         self._clear(schedule)
         self._copy_blocks(schedule)
-        self._load_rows(schedule)
+        later = self._loads_later(batch, schedule)
+        if not later:
+            self._load_rows(schedule)
         hidden = self._forward(batch)
+        if later:
+            self._load_rows(schedule)
         asked, sampled = self._prompt_logprobs(batch, hidden), None
         if batch.sampled.size:
             sampled = self._choose(self.passes.logits(hidden[self._index(batch.last_tokens)]), batch)
@@ -148,6 +152,10 @@ class Runner:
             source, target = self._index(np.array(schedule.copies)).unbind(1)
             self.kv_cache[:, :, target] = self.kv_cache[:, :, source]
             schedule.copies.clear()
+
+    def _loads_later(self, batch: Batch, schedule: Schedule) -> bool:
+        """Whether `_load_rows` may come after the pass, while the device computes it."""
+        return False
 
     def _load_rows(self, schedule: Schedule) -> None:
         """Unload rows that were given back; load what new ones need."""

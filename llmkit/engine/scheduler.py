@@ -158,6 +158,8 @@ class Scheduler:
 
     def _schedule_running(self, result: Schedule, ahead: bool) -> tuple[np.ndarray, np.ndarray] | None:
         """Give running requests their tokens, those that decode first: (rows, new tokens of each). None as `schedule`."""
+        if not self.running:
+            return result.rows, result.num_new
         requests = list(self.running)
         rows = np.fromiter((r.row for r in requests), np.int64, len(requests))
         coming = self.rows.num_coming(rows)

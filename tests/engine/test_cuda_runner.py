@@ -159,6 +159,16 @@ def test_a_draw_does_not_know_its_company(gpu):
     assert [said(gpu, params, [prompt])[0] for params, prompt in zip(each, PROMPTS)] == together
 
 
+def test_a_newcomer_who_decodes_at_once_is_known_before_the_step(gpu, plain):
+    """All but a token of its prompt is cached, beside a prompt that is not: in a step such as others were, for which rows are
+    loaded late."""
+    known = list(range(20, 37))
+    for other in (3, 4, 5, 6):
+        asked = [known, [other] * 5]
+        assert said(gpu, GREEDY, asked) == said(plain, GREEDY, asked)
+    assert gpu.stats()["prefix_cache_hits"] == 3 * 16
+
+
 def test_what_the_device_draws_is_launched_ahead_and_graphs_are_kept_by_their_work(gpu, monkeypatch):
     runner, ahead = gpu._engine.runner, []
     monkeypatch.setattr(runner, "steps_ahead", lambda batch, ask=runner.steps_ahead: ahead.append(ask(batch)) or ahead[-1])
