@@ -99,8 +99,8 @@ class CudaRunner(Runner):
         return StepResult(self._finish(token_ids, logits, batch.rows), [])
 
     def _loads_later(self, batch: Batch, schedule: Schedule) -> bool:
-        """As `Runner._loads_later`: for a first token half a millisecond. Not where somebody new decodes, whose token and place
-        the pass looks up, nor where compiling asks how tokens will be drawn."""
+        """As `Runner._loads_later`: a first token waits for the host. Not where somebody new decodes, whose token the pass looks
+        up, nor where compiling asks how tokens will be drawn."""
         new = {r.row for r in schedule.admitted}
         return self._size(batch) in self._compiled and new.isdisjoint(batch.rows[: batch.num_decodes].tolist())
 
