@@ -9,7 +9,7 @@ left over in memory and might be NaN. Padding decodes are of the row that nobody
 from __future__ import annotations
 
 import bisect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -21,7 +21,7 @@ from llmkit.attention.triton import PromptRuns, TritonBackend, TritonStep
 from llmkit.engine.batch import Batch
 from llmkit.engine.graphs import DeviceRows, capture
 from llmkit.engine.memory import GRAPH_TOKENS
-from llmkit.transfer import fill
+from llmkit.transfer import cut, fill
 
 TOKENS = [32, 64, 128, *range(256, GRAPH_TOKENS + 1, 128)]
 DECODES = [0, 16, 64, 256, 512]
@@ -122,12 +122,12 @@ def lay_out(batch: Batch, size: Size, nobody: int) -> np.ndarray:
     numbers = np.zeros(size.numbers, np.int64)
     n, tokens = batch.num_decodes, batch.num_tokens
     count = len(batch.rows) - n
-    ids, positions, slots, rows, standing = _parts(numbers, size.wide)
+    ids, positions, slots, rows, standing = cut(numbers, size.wide)
     ids[:tokens], positions[:tokens], slots[:tokens] = batch.input_ids, batch.positions, batch.slot_mapping
     rows[:] = nobody
     rows[:n], rows[size.decodes : size.decodes + count] = batch.rows[:n], batch.rows[n:]
     standing[:n] = batch.positions[:n]
-    ends, contexts, run, first, _ = _parts(numbers[sum(size.wide) :].view(np.int32), size.narrow)
+    ends, contexts, run, first, _ = cut(numbers[sum(size.wide) :].view(np.int32), size.narrow)
     ends[:], ends[: count + 1], ends[-1] = tokens, batch.cu_seqlens[n:], size.tokens
     contexts[:count] = batch.context_lens[n:]
     tiles = query_tiles(batch.num_new[n:])
@@ -135,11 +135,3 @@ def lay_out(batch: Batch, size: Size, nobody: int) -> np.ndarray:
     run[:real], first[:real] = tiles
     run[real:], first[real:] = size.prompts, np.arange(len(run) - real) * QUERY_TILE  # the padding's, also those beyond its end
     return numbers
-
-
-def _parts(numbers: np.ndarray, sizes: Sequence[int]) -> Iterator[np.ndarray]:
-    """One after the other, from the beginning. A first token waits for this, and `np.split` takes ten times as long."""
-    begin = 0
-    for size in sizes:
-        yield numbers[begin : begin + size]
-        begin += size
