@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmkit.bench import serve_cli, timeline_cli
+from llmkit.bench.engines import OTHERS as ENGINES
+from llmkit.bench.engines import check_installed
 from llmkit.bench.flags import check_folders, natural, own_name, positive
 from llmkit.bench.kernels import cli as kernels_cli
 from llmkit.config import DEFAULT_MODEL, DTYPE_NAMES, add_engine_arguments, engine_options
@@ -44,6 +46,8 @@ def _add_suite(parser: argparse.ArgumentParser) -> None:
     p = parser.add_argument_group("a suite of rows, each beside vLLM's figure and ours to reach")
     p.add_argument("--suite", choices=("h100",), help="models by their shapes, random weights: nothing is downloaded")
     p.add_argument("--rows", metavar="NAMES", help="only these, e.g. A-decode,B-nano (default: all)")
+    p.add_argument("--against", choices=ENGINES, action="append", default=[],
+                   help="have this engine, if it is installed, do the same work after llmkit")
     p.add_argument("--budget", type=float, metavar="SECONDS", help="begin nothing that would not end in this time")
     p.add_argument("--repeat", type=positive, default=3, metavar="N", help="runs of each; medians are shown (default: 3)")
     p.add_argument("--tiny", action="store_true", help="tiny models and work: shows that every row can be measured")
@@ -54,17 +58,17 @@ def _add_suite(parser: argparse.ArgumentParser) -> None:
 
 def _suite(args: argparse.Namespace) -> int:
     """Measure a suite; the exit code."""
-    import llmkit
     from llmkit.bench.h100 import FULL, SMALL, Clock, select
     from llmkit.bench.suite import Suite, markdown
 
     check_folders(args, "json")
+    check_installed(against := tuple(dict.fromkeys(args.against)))
     rows = select(args.rows)
     with open(args.json, "w", encoding="utf-8") if args.json else nullcontext() as out:
-        suite = Suite(rows, SMALL if args.tiny else FULL, Clock(args.budget), args.repeat, out, engine_options(args))
+        suite = Suite(rows, SMALL if args.tiny else FULL, Clock(args.budget), args.repeat, out, engine_options(args), against)
         code = suite.run()
     if args.markdown:
-        print("\n" + markdown(suite.results, suite.device_name, llmkit.__version__, suite.options))
+        print("\n" + markdown(suite.results, suite.device_name, suite.options))
     return code
 
 

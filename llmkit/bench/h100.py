@@ -20,7 +20,7 @@ from llmkit.bench.workload import VOCAB, Workload, fixed, nano, sharegpt, tokens
 from llmkit.errors import LlmkitError
 
 if TYPE_CHECKING:
-    from llmkit import LLM
+    from llmkit.bench.engines import Loaded
     from llmkit.bench.limits import Limits
 
 MODELS: dict[str, dict[str, Any]] = {
@@ -89,7 +89,7 @@ class Clock:
 class Bench:
     """An engine that is loaded, and what its rows need."""
 
-    llm: LLM
+    engine: Loaded
     config: dict[str, Any]
     scale: Scale
     limits: Limits
@@ -102,16 +102,21 @@ class Bench:
 
     def run(self, prompts: Sequence[list[int]], output_lens: Sequence[int]) -> float:
         """Seconds. LlmkitError when a token is missing: its time would mean nothing."""
-        from llmkit import SamplingParams
-
-        params = [SamplingParams(temperature=0.6, max_tokens=n, ignore_eos=True, detokenize=False) for n in output_lens]
+        asks = {"temperature": 0.6, "ignore_eos": True, "detokenize": False}
+        params = [self.engine.words.SamplingParams(max_tokens=n, **asks) for n in output_lens]
         begin = time.perf_counter()
-        outputs = self.llm.generate(list(prompts), params, use_tqdm=False)
+        outputs = self.engine.llm.generate(list(prompts), params, use_tqdm=False)
         seconds = time.perf_counter() - begin
         made = sum(len(o.outputs[0].token_ids) for o in outputs)
         if made != sum(output_lens):
             raise LlmkitError(f"{made:,} tokens were made where {sum(output_lens):,} were asked for", "a bug in the engine")
         return seconds
+
+    def counted(self, *names: str) -> dict[str, int]:
+        """What the engine has counted of these since it began; nothing, of one that does not tell."""
+        llm = self.engine.llm
+        stats = llm.stats() if hasattr(llm, "stats") else {}
+        return {name: stats[name] for name in names if name in stats}
 
     def runs(self, measure: Callable[[int], float]) -> list[float]:
         """`repeat` times, fewer when the budget is over; at least once."""
@@ -148,11 +153,11 @@ def throughput(make: Callable[[], Workload]) -> Callable[[Bench], Measured]:
     def measure(bench: Bench) -> Measured:
         work = bench.scale.work(make())
         bench.seconds(work, "warm")
-        before = bench.llm.stats()
+        before = bench.counted("steps", "preemptions")
         samples = bench.runs(lambda i: bench.seconds(work, i))
-        counted = {n: (bench.llm.stats()[n] - before[n]) / len(samples) for n in ("steps", "preemptions")}
+        counted = {name: (n - before[name]) / len(samples) for name, n in bench.counted(*before).items()}
         taken = statistics.median(samples)
-        need = bench.limits.workload(work, bench.llm.memory_plan().max_num_seqs)
+        need = bench.limits.workload(work, bench.engine.most_at_once)
         facts = {"seconds": taken, "requests_per_s": len(work.input_lens) / taken, "input_tokens": work.num_input,
                  "output_tokens": work.num_output, "floor_s": need.seconds, **counted}  # fmt: skip
         return Measured(work.num_output / taken, [work.num_output / s for s in samples], need.seconds / taken, facts)
@@ -192,10 +197,10 @@ def prefix(kind: str) -> Callable[[Bench], Measured]:
             return bench.run(warm, output_lens) if kind == "warm" else seconds
 
         once("warm")
-        hits = bench.llm.stats()["prefix_cache_hits"]
+        before = bench.counted("prefix_cache_hits")
         samples = bench.runs(once)
-        found = bench.llm.stats()["prefix_cache_hits"] - hits
-        return Measured(statistics.median(samples), samples, None, {"cached_tokens": found})
+        found = {name: n - before[name] for name, n in bench.counted(*before).items()}
+        return Measured(statistics.median(samples), samples, None, found)
 
     return measure
 
@@ -225,6 +230,10 @@ class Row:
     def beats(self, value: float, goal: float | None) -> bool | None:
         """Whether a value reaches a goal; None without one."""
         return None if goal is None else value >= goal if self.more_is_better else value <= goal
+
+    def times(self, value: float, other: float) -> float | None:
+        """How many times as good as another a value is; None where one of them means nothing."""
+        return None if min(value, other) <= 0 else value / other if self.more_is_better else other / value
 
 
 def _rows() -> list[Row]:
@@ -258,17 +267,18 @@ def _rows() -> list[Row]:
 
 @dataclass
 class Fresh:
-    """What a row in a fresh process needs: the model's folder and the options of its engine."""
+    """What a row in a fresh process needs: whose engine, and its options, the model's folder among them."""
 
+    package: str
     options: dict[str, Any]
     clock: Clock
     repeat: int
 
-    def start(self, loads: int, triton_cache: str | None = None) -> dict[str, Any]:
+    def start(self, loads: int, cache: str | None = None) -> dict[str, Any]:
         """Run llmkit.bench.fresh_process; what it says of itself."""
         from llmkit.bench.fresh_process import launch
 
-        return launch(self.options, loads, triton_cache)
+        return launch(self.package, self.options, loads, cache)
 
 
 def ready(kind: str) -> Callable[[Fresh], Measured]:
@@ -283,7 +293,7 @@ def ready(kind: str) -> Callable[[Fresh], Measured]:
                     said.append(fresh.start(1, kernels))
         samples = [s["import_s"] + s["load_s"] for s in said]
         middle = said[samples.index(statistics.median_low(samples))]
-        facts = {name: middle[name] for name in ("import_s", "load_s", "first_token_s", "stages", "facts")}
+        facts = {name: middle[name] for name in ("import_s", "load_s", "first_token_s", "stages", "facts") if name in middle}
         return Measured(statistics.median(samples), samples, None, facts)
 
     return measure

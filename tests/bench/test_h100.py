@@ -8,9 +8,11 @@ import json
 
 import pytest
 
+import llmkit
 from llmkit import cli
 from llmkit.bench import fresh_process, h100, suite, workload
 from llmkit.bench.ceilings import Ceilings
+from llmkit.bench.engines import Loaded, known_options
 from llmkit.bench.h100 import FULL, ROWS, SMALL, Bench, Clock, Measured, select
 from llmkit.bench.limits import Limits, ModelCost
 from llmkit.bench.suite import Suite, line, markdown
@@ -71,11 +73,82 @@ def test_every_row_runs_and_each_is_written_when_it_is_there(tmp_path, capsys):
         assert row["value"] > 0 or name == "A-memory" or "decode" in name  # a difference of two runs; a busy machine slows either
         assert (row["limit_share"] is not None) == (name.split("-")[1] in ("decode", "nano", "sharegpt", "prefill"))
         assert "times_vllm" not in row  # a tiny model compares with nothing
-    assert measured["A-prefix-warm"]["facts"]["cached_tokens"] > measured["A-prefix-unshared"]["facts"]["cached_tokens"] == 0
+    warm, unshared = (measured[f"A-prefix-{kind}"]["facts"]["prefix_cache_hits"] for kind in ("warm", "unshared"))
+    assert warm > unshared == 0
     assert {"import_s", "load_s", "first_token_s", "stages"} <= measured["A-ready-warm"]["facts"].keys()
     assert len(measured["A-memory"]["facts"]["above_before_bytes"]) == 3
     out = capsys.readouterr().out
     assert all(name in out for name in ROWS)
+
+
+OTHER = """
+from types import SimpleNamespace as Thing
+
+import torch
+from llmkit import LLM as Ours, SamplingParams
+
+__version__ = "0.26"
+closed = []
+
+
+class LLM:
+    def __init__(self, **options):
+        self.ours = Ours(device="cpu", **options)
+        self.llm_engine = Thing(
+            vllm_config=Thing(scheduler_config=Thing(max_num_seqs=8), model_config=Thing(dtype=torch.float32)),
+            engine_core=Thing(shutdown=self.close))
+
+    def generate(self, prompts, params, use_tqdm):
+        return self.ours.generate(prompts, params, use_tqdm)
+
+    def close(self):
+        closed.append(self.ours.close())
+"""
+
+
+def test_another_engine_does_the_same_work(tmp_path, monkeypatch, capsys):
+    (tmp_path / "vllm.py").write_text(OTHER)
+    monkeypatch.syspath_prepend(tmp_path)
+    asked: dict[str, list] = {"llmkit": [], "vllm": []}
+    run = Bench.run
+
+    def noting(self, prompts, output_lens):
+        asked[self.engine.words.__name__].append((list(prompts), list(output_lens)))
+        return run(self, prompts, output_lens)
+
+    monkeypatch.setattr(Bench, "run", noting)
+    names, file = ["A-decode-8", "A-nano", "A-prefix-warm", "B-decode-1", "A-ready-cold", "A-memory"], tmp_path / "out.jsonl"
+    flags = ["--tiny", "--repeat", "1", "--device", "cpu", "--rows", ",".join(names), "--json", str(file), "--markdown"]
+    assert cli.main(["bench", "--suite", "h100", "--against", "vllm", *flags]) == 0
+    _, *rows = (json.loads(x) for x in file.read_text().splitlines())
+    assert [(r["package"], r["name"]) for r in rows] == [(p, n) for p in ("llmkit", "vllm") for n in names]
+    assert {r["version"] for r in rows if r["package"] == "vllm"} == {"0.26"}
+    assert all("value" in r for r in rows)
+    assert asked["llmkit"] == asked["vllm"]
+    out = capsys.readouterr().out
+    assert out.index("vllm 0.26, the same work") > out.index("B-decode-1")
+    assert sum(", vllm 0.26 |" in x for x in out.splitlines()) == len(names)
+    import vllm  # type: ignore[import-not-found]
+
+    assert len(vllm.closed) == 3  # those of this process: A, A with a longer context, B
+
+
+def test_another_engine_must_be_there(monkeypatch, capsys):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert cli.main(["bench", "--suite", "h100", "--against", "vllm"]) != 0
+    assert "--against vllm: it is not installed" in capsys.readouterr().err
+
+
+def test_what_only_llmkit_knows_is_not_passed_on():
+    given = {"model": "x", "deterministic": True, "max_model_len": 4096}
+    assert known_options("llmkit", given) == given
+    assert known_options("vllm", given) == {"model": "x", "max_model_len": 4096, "gpu_memory_utilization": 0.9}
+
+
+def test_how_many_times_as_fast():
+    assert ROWS["A-nano"].times(12_000, 10_000) == pytest.approx(1.2)
+    assert ROWS["A-decode-1"].times(5.0, 6.0) == pytest.approx(1.2)
+    assert ROWS["A-memory"].times(0, 73_155) is None
 
 
 class Answering:
@@ -95,15 +168,10 @@ class Answering:
     def stats(self):
         return {"steps": 0, "preemptions": 0, "prefix_cache_hits": 0}
 
-    def memory_plan(self):
-        from types import SimpleNamespace as Thing
-
-        return Thing(max_num_seqs=256)
-
 
 def bench(llm, scale=FULL, budget=None, repeat=3) -> Bench:
     cost = ModelCost.of(ModelConfig.from_dict(scale.config("A")), 2)
-    return Bench(llm, scale.config("A"), scale, Limits(cost, 3.13e12, 756e12), Clock(budget), repeat)
+    return Bench(Loaded(llm, llmkit, 256, 2), scale.config("A"), scale, Limits(cost, 3.13e12, 756e12), Clock(budget), repeat)
 
 
 def test_decode_is_what_all_tokens_take_beyond_the_first(monkeypatch):
@@ -140,7 +208,7 @@ def test_a_budget_ends_the_runs_and_then_the_rows(monkeypatch, capsys):
     assert len(bench(Answering(monkeypatch), budget=1).runs(lambda i: 1.0)) == 1
     rows = [h100.Row("A-nano", "x", "tok/s", 1, 2, 3, "A@4096", lambda bench: Measured(1.0, []), seconds=1e6)]
     made = Suite(rows, FULL, Clock(100), 1, None, {})
-    made._measure(rows, None, None, None)  # type: ignore[arg-type]  # nothing is loaded
+    made._measure("llmkit", rows, None, None, None)  # type: ignore[arg-type]  # nothing is loaded
     assert "--budget" in made.results[0]["skipped"]
     assert "skipped: --budget" in capsys.readouterr().out
 
@@ -162,13 +230,28 @@ def test_a_row_that_breaks_leaves_the_others(monkeypatch, tmp_path, capsys):
     assert shown[-2].endswith("broke: RuntimeError: CUDA error: something")
     assert shown[-1].split()[-3:] == ["5.00", "–", "must"]
     assert line(kept | {"reaches_must": False}).endswith("below")
-    assert "| h100: A-memory, x, llmkit 9 | 2 MiB (vLLM 0.26: 10) | – |" in markdown(made.results, "gpu", "9", {})
-    assert "| h100: A-memory, x, seed=3, llmkit 9 |" in markdown(made.results, "gpu", "9", {"seed": 3})
+    mine = f"llmkit {llmkit.__version__}"
+    assert f"| h100: A-memory, x, {mine} | 2 MiB (vLLM 0.26: 10) | – |" in markdown(made.results, "an H100", {})
+    elsewhere = markdown(made.results, "gpu", {"seed": 3})
+    assert f"| h100: A-memory, x, seed=3, {mine} | 2 MiB (vLLM 0.26 on an H100: 10) |" in elsewhere
+
+
+def test_another_engine_is_shown_beside_llmkit(monkeypatch, capsys):
+    """llmkit's row first; how many times as fast it was stands in the other's."""
+    monkeypatch.setattr(suite, "version", lambda package: "1")
+    row = h100.Row("A-nano", "x", "tok/s", 10, 20, 30, "A@4096", lambda bench: Measured(1.0, []))
+    made = Suite([row], FULL, Clock(None), 1, None, {}, ("vllm",))
+    made._keep("llmkit", row, {"value": 24.0, "limit_share": 0.5, "date": "d"})
+    made._keep("vllm", row, {"value": 12.0, "limit_share": 0.25, "date": "d"})
+    ours, theirs = capsys.readouterr().out.splitlines()
+    assert ours.split()[-3:] == ["2.40", "50.0%", "must"]
+    assert theirs.endswith("–     25.0%  llmkit x 2.00")
+    assert markdown(made.results, "gpu", {}).splitlines()[1].endswith(", x, vllm 1 | 12 tok/s (llmkit x 2.00) | 25% |")
 
 
 def test_a_process_that_dies_says_why(tmp_path):
     with pytest.raises(LlmkitError, match=r"ended with code 1:(.|\n)*no_such_option"):
-        fresh_process.launch({"model": str(tmp_path), "no_such_option": 1}, 1)
+        fresh_process.launch("llmkit", {"model": str(tmp_path), "no_such_option": 1}, 1)
 
 
 def test_small_is_small():
