@@ -82,7 +82,7 @@ def record(llm: LLM, prompts: Any, sampling_params: Any = None, warm: bool = Tru
     graphs = getattr(runner, "graphs", None)
     captured = {size: 1e3 * seconds for (size, _), seconds in graphs.capture_seconds.items()} if graphs else {}
     device = torch.cuda.get_device_name(runner.device) if on_gpu else "cpu"
-    dtype = str(runner.kv_cache.dtype).removeprefix("torch.")
+    dtype = str(runner.model.dtype).removeprefix("torch.")
     zero = spans[0].start
     return Timeline(_model_name(llm), device, dtype, graphs is not None and not graphs.eager,
                     [s._replace(start=s.start - zero) for s in spans],

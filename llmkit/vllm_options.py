@@ -42,7 +42,6 @@ ENGINE: dict[str, tuple[tuple[Any, ...], str]] = {
     "hf_config_path": ((None,), "give the model as a folder with its own config.json"),
     "hf_overrides": ((None, {}), "edit the model's config.json instead"),
     "hf_token": ((None, False, True), "log in once (`hf auth login`) or set HF_TOKEN in the environment"),
-    "kv_cache_dtype": (("auto", None), "not available: the KV cache has the model's dtype"),
     "kv_cache_memory_bytes": ((None,), "use kv_cache_memory=, in GiB"),
     "limit_mm_per_prompt": ((None, {}), _TEXT_ONLY),
     "logits_processors": ((None, []), "use SamplingParams with logit_bias=, allowed_token_ids=, bad_words= or a grammar"),

@@ -5,6 +5,7 @@ Shapes as in reference.py: caches [num_blocks, G, block_size, D]; a block table 
 Query heads that share a key head are rows of one tile, so a key is read once for all of them. A sequence's keys are cut into
 parts, so that few sequences fill the GPU (Flash-Decoding); whoever finishes the last part of a head adds them up, always in the
 same order. Programs start in the order of the batch: with the longest sequences first, none keeps the GPU waiting at the end.
+Caches may be float8, half the bytes; what is read from them is computed in the dtype of the queries.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from llmkit_kernels.launch import cdiv, finite, next_power_of_2, num_sms, pdl, shared_memory
+from llmkit_kernels.launch import cdiv, finite, kept, next_power_of_2, num_sms, pdl, shared_memory
 from llmkit_kernels.soft_cap import log2_scores
 
 _GROUP = tl.constexpr(4)  # partial results that are read at once
@@ -113,11 +114,12 @@ def _wait(
     k_cache, v_cache, table, g, lo, position, G: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr, KEYS: tl.constexpr
 ):
     """While the kernel before still runs: have the first tile brought near. Cached keys don't depend on that kernel."""
-    LINES: tl.constexpr = D * 2 // 128 if D > 64 else 1  # of 128 bytes, of a key
+    LINE: tl.constexpr = 1024 // k_cache.dtype.element_ty.primitive_bitwidth  # numbers that 128 bytes hold
+    LINES: tl.constexpr = D // LINE if D > LINE else 1  # of a key
     i = tl.arange(0, KEYS * LINES)
     key = lo + i // LINES
     near = tl.load(table + key // BLOCK_SIZE, mask=key < position, other=0).to(tl.int64)
-    line = ((near * G + g) * BLOCK_SIZE + key % BLOCK_SIZE) * D + i % LINES * 64
+    line = ((near * G + g) * BLOCK_SIZE + key % BLOCK_SIZE) * D + i % LINES * LINE
     _prefetch(k_cache + line)
     _prefetch(v_cache + line)
     tl.extra.cuda.gdc_wait()
@@ -131,7 +133,8 @@ def _decode_part(
     IN_SPLITS: tl.constexpr, BIAS: tl.constexpr, NORM: tl.constexpr, ROTARY: tl.constexpr, WINDOW: tl.constexpr,
     KEYS: tl.constexpr, AHEAD: tl.constexpr, CAP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    DTYPE: tl.constexpr = k_cache.dtype.element_ty
+    DTYPE: tl.constexpr = out.dtype.element_ty
+    CACHE: tl.constexpr = k_cache.dtype.element_ty
     SHARE: tl.constexpr = H // G
     rows, halves, dims, keys = tl.arange(0, ROWS), tl.arange(0, D // 2), tl.arange(0, D), tl.arange(0, KEYS)
     mine = rows < SHARE
@@ -155,6 +158,9 @@ def _decode_part(
     qa, qb = _finish_pair(qa, qb, q_low, q_high, cos, sin, eps, D, NORM, ROTARY, DTYPE)
     ka1, kb1 = _finish_pair(ka1, kb1, k_low, k_high, cos, sin, eps, D, NORM, ROTARY, DTYPE)
     v1 = v1.to(DTYPE)
+    if CACHE != DTYPE:  # as they will be read
+        ka1, kb1 = kept(ka1, CACHE).to(DTYPE), kept(kb1, CACHE).to(DTYPE)
+        v1 = tl.where(finite(v1), kept(v1, CACHE).to(DTYPE), v1)
 
     # the new token, taken from registers, begins the sum of the last part, for there it stands
     last = part == num_parts - 1
@@ -165,9 +171,9 @@ def _decode_part(
     if last:  # a value that broke is kept as in `_rope_cache`
         row1 = ((block * G + g) * BLOCK_SIZE + position % BLOCK_SIZE) * D
         broken = tl.min(finite(v1).to(tl.int32), axis=0) == 0
-        tl.store(k_cache + row1 + halves[None, :], tl.where(broken, float("nan"), ka1).to(DTYPE))
-        tl.store(k_cache + row1 + D // 2 + halves[None, :], tl.where(broken, float("nan"), kb1).to(DTYPE))
-        tl.store(v_cache + row1 + dims, tl.where(finite(v1), v1, 0.0).to(DTYPE))
+        tl.store(k_cache + row1 + halves[None, :], tl.where(broken, float("nan"), ka1).to(CACHE))
+        tl.store(k_cache + row1 + D // 2 + halves[None, :], tl.where(broken, float("nan"), kb1).to(CACHE))
+        tl.store(v_cache + row1 + dims, tl.where(finite(v1), v1, 0.0).to(CACHE))
 
     hi = tl.minimum(lo + per_part * KEYS, position)
     if AHEAD:  # a tile's block is looked up while the tile before it is computed, so that its keys can be sent for early
@@ -187,8 +193,8 @@ def _decode_part(
             there = tl.load(table + key // BLOCK_SIZE, mask=seen, other=0).to(tl.int64)
             row = ((there * G + g) * BLOCK_SIZE + key % BLOCK_SIZE) * D
         # with masks, for half a tile of each sequence, on average, is nobody's
-        ka = tl.load(k_cache + row[:, None] + halves[None, :], mask=seen[:, None], other=0.0)
-        kb = tl.load(k_cache + row[:, None] + D // 2 + halves[None, :], mask=seen[:, None], other=0.0)
+        ka = tl.load(k_cache + row[:, None] + halves[None, :], mask=seen[:, None], other=0.0).to(DTYPE)
+        kb = tl.load(k_cache + row[:, None] + D // 2 + halves[None, :], mask=seen[:, None], other=0.0).to(DTYPE)
         scores = tl.dot(qa, tl.trans(ka))
         scores = log2_scores(tl.dot(qb, tl.trans(kb), scores), scale, CAP)
         scores = tl.where(seen[None, :], scores, -float("inf"))
@@ -196,7 +202,7 @@ def _decode_part(
         safe = tl.where(new_high == -float("inf"), 0.0, new_high)
         weights = tl.exp2(scores - safe[:, None])
         fade = tl.exp2(high - safe)
-        v = tl.load(v_cache + row[:, None] + dims[None, :], mask=seen[:, None], other=0.0)
+        v = tl.load(v_cache + row[:, None] + dims[None, :], mask=seen[:, None], other=0.0).to(DTYPE)
         acc = acc * fade[:, None]
         acc = tl.dot(weights.to(DTYPE), v, acc)
         total = total * fade + tl.sum(weights, axis=1)

@@ -59,13 +59,13 @@ def _tiles(
 ):  # fmt: skip
     """The online softmax goes on with the tiles first..last. MASKED: they may hold keys that a row does not see."""
     table, context, g, k_cache, v_cache, k_desc, v_desc = paged
-    DTYPE: tl.constexpr = k_cache.dtype.element_ty
+    DTYPE: tl.constexpr = query.dtype
     ones = tl.full([_KEYS, totals.shape[1]], 1.0, DTYPE)
     for at in range(first, last, _KEYS):
         block = ahead
         ahead = _block_of(table, at + _KEYS, context, BLOCK_SIZE, _KEYS, BLOCK_SIZE % 64 == 0)
         k = _load_tile(k_cache, k_desc, block, g, at, G, D, BLOCK_SIZE, _KEYS, TMA)
-        products = tl.dot(query, tl.trans(k))
+        products = tl.dot(query, tl.trans(k.to(DTYPE)))
         if MASKED:
             key = (at + tl.arange(0, _KEYS))[None, :]
             seen = key <= position[:, None]
@@ -77,7 +77,7 @@ def _tiles(
         weights = tl.exp2(tl.fma(products, c, -(safe * c)[:, None])).to(DTYPE)
         fade = tl.exp2((high - safe) * c)[:, None]
         v = _load_tile(v_cache, v_desc, block, g, at, G, D, BLOCK_SIZE, _KEYS, TMA)
-        acc = tl.dot(weights, v, acc * fade)
+        acc = tl.dot(weights, v.to(DTYPE), acc * fade)
         totals = tl.dot(weights, ones, totals * fade)  # every column is the sum along the row
         high = new_high
     return acc, totals, high, ahead

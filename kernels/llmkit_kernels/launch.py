@@ -62,6 +62,15 @@ def finite(x):
     return tl.abs(x.to(tl.float32)) < float("inf")
 
 
+@triton.jit
+def kept(x, CACHE: tl.constexpr):
+    """x as a cache of this dtype keeps it: what float8 has no number for becomes its largest, and NaN stays NaN.
+    Reference: `reference.kept`."""
+    if tl.float8e4nv == CACHE:
+        x = tl.where(x > 448.0, 448.0, tl.where(x < -448.0, -448.0, x.to(tl.float32)))
+    return x.to(CACHE)
+
+
 @functools.cache
 def num_sms() -> int:
     """Multiprocessors of the current GPU; without one, as many as an H100 has."""

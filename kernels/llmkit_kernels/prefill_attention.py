@@ -78,23 +78,23 @@ def _prefill(
         block = ahead
         ahead = _block_of(table, at + KEYS, context, BLOCK_SIZE, KEYS, TMA)
         k = _load_tile(k_cache, k_desc, block, g, at, G, D, BLOCK_SIZE, KEYS, TMA)
-        scores = log2_scores(tl.dot(query, tl.trans(k)), scale, CAP)
+        scores = log2_scores(tl.dot(query, tl.trans(k.to(query.dtype))), scale, CAP)
         if WINDOW:
             scores = tl.where(at + keys[None, :] > position[:, None] - window, scores, -float("inf"))
         v = _load_tile(v_cache, v_desc, block, g, at, G, D, BLOCK_SIZE, KEYS, TMA)
-        acc, total, high = _online(acc, total, high, scores, v, WINDOW)
+        acc, total, high = _online(acc, total, high, scores, v.to(query.dtype), WINDOW)
     for at in range(full_end, last, KEYS):
         key = at + keys
         block = ahead
         ahead = _block_of(table, at + KEYS, context, BLOCK_SIZE, KEYS, TMA)
         k = _load_tile(k_cache, k_desc, block, g, at, G, D, BLOCK_SIZE, KEYS, TMA)
-        scores = log2_scores(tl.dot(query, tl.trans(k)), scale, CAP)
+        scores = log2_scores(tl.dot(query, tl.trans(k.to(query.dtype))), scale, CAP)
         seen = (key[None, :] <= position[:, None]) & (key < context)[None, :]
         if WINDOW:
             seen = seen & (key[None, :] > position[:, None] - window)
         scores = tl.where(seen, scores, -float("inf"))
         v = _load_tile(v_cache, v_desc, block, g, at, G, D, BLOCK_SIZE, KEYS, TMA)
-        acc, total, high = _online(acc, total, high, scores, v, True)
+        acc, total, high = _online(acc, total, high, scores, v.to(query.dtype), True)
     value = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     tl.store(out + token[:, None].to(tl.int64) * (H * D) + head * D + dims[None, :], value, mask=live[:, None])
 

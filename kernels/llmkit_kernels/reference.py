@@ -56,11 +56,24 @@ def kv_rows(slot_mapping: Tensor, kv_heads: int, block_size: int) -> Tensor:
     return ((block[:, None] * kv_heads + heads) * block_size + offset[:, None]).view(-1)
 
 
+def kept(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x as a cache of this dtype keeps it: what float8 has no number for becomes its largest, and NaN stays NaN."""
+    if dtype in (x.dtype, torch.float32, torch.bfloat16, torch.float16):
+        return x.to(dtype)
+    largest = torch.finfo(dtype).max
+    return x.clamp(-largest, largest).to(dtype)
+
+
 def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, rows: Tensor) -> None:
     """Store k, v [T, G, D] at the rows that `kv_rows` gave."""
-    dim = k.shape[-1]
-    k_cache.view(-1, dim).index_copy_(0, rows, k.reshape(-1, dim))
-    v_cache.view(-1, dim).index_copy_(0, rows, v.reshape(-1, dim))
+    for x, cache in ((k, k_cache), (v, v_cache)):
+        stored = _bytes(kept(x.reshape(-1, x.shape[-1]), cache.dtype))
+        _bytes(cache).view(-1, x.shape[-1]).index_copy_(0, rows, stored)
+
+
+def _bytes(x: Tensor) -> Tensor:
+    """The same memory as what torch can copy by index, which float8 on a CPU is not."""
+    return x.view(torch.uint8) if x.dtype.itemsize == 1 else x
 
 
 @dataclass(slots=True)
@@ -69,7 +82,7 @@ class _DecodeGroup:
 
     tokens: int64 [B], their places among the step's T tokens, or None when they are simply the first B. blocks: int64
     [B·G·n], for each sequence and head the n (block, head) pairs that it reads, padded with block 0. bias: [B·G, 1,
-    n·block_size] in the cache's dtype, 0 where a key counts and -inf where not.
+    n·block_size] in the queries' dtype, 0 where a key counts and -inf where not.
     """
 
     size: int
@@ -115,7 +128,7 @@ class AttentionPlan:
 
 @dataclass(frozen=True, slots=True)
 class CacheLayout:
-    """What a plan must know of a KV cache [num_blocks, G, block_size, D]."""
+    """What a plan must know of a KV cache [num_blocks, G, block_size, D]. dtype: of the queries."""
 
     kv_heads: int
     block_size: int
@@ -223,10 +236,12 @@ def paged_attention(
     """softmax(scale · q kᵀ) v of every token over its sequence's cached keys (PagedAttention, arXiv:2309.06180).
 
     q: [T, H, D]; k, v: [T, G, D], this step's own keys and values, which `write_kv` has already put into the caches
-    [num_blocks, G, block_size, D]. soft_cap: scores are soft_cap · tanh(scale · q kᵀ / soft_cap) (Gemma 2, arXiv:2408.00118).
-    Returns [T, H, D].
+    [num_blocks, G, block_size, D], and which count as these keep them. soft_cap: scores are
+    soft_cap · tanh(scale · q kᵀ / soft_cap) (Gemma 2, arXiv:2408.00118). Returns [T, H, D].
     """
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    if k_cache.dtype != q.dtype:
+        k, v = (kept(x, k_cache.dtype).to(q.dtype) for x in (k, v))
     for group in plan.groups:
         _decode(q, k_cache, v_cache, group, scale, soft_cap, out)
     for chunk in plan.chunks:
@@ -236,7 +251,8 @@ def paged_attention(
 
 def _gather(cache: Tensor, pairs: Tensor, heads: int) -> Tensor:
     """The cached rows of (block, head) pairs, [heads, keys, D]: whole blocks are copied, so this runs at memory speed."""
-    return cache.view(-1, cache.shape[2] * cache.shape[3]).index_select(0, pairs).view(heads, -1, cache.shape[3])
+    found = _bytes(cache).view(-1, cache.shape[2] * cache.shape[3]).index_select(0, pairs)
+    return found.view(cache.dtype).view(heads, -1, cache.shape[3])
 
 
 def _scores(queries: Tensor, keys: Tensor, scale: float, soft_cap: float | None) -> Tensor:
@@ -256,8 +272,8 @@ def _decode(
     heads, dim, kv_heads = q.shape[1], q.shape[2], k_cache.shape[1]
     rows = q[: group.size] if group.tokens is None else q.index_select(0, group.tokens)
     queries = rows.reshape(group.size * kv_heads, heads // kv_heads, dim)
-    keys = _gather(k_cache, group.blocks, group.size * kv_heads)
-    values = _gather(v_cache, group.blocks, group.size * kv_heads)
+    keys = _gather(k_cache, group.blocks, group.size * kv_heads).to(q.dtype)
+    values = _gather(v_cache, group.blocks, group.size * kv_heads).to(q.dtype)
     if soft_cap is None:
         scores = torch.baddbmm(group.bias, queries, keys.transpose(1, 2), alpha=scale)  # one pass over the scores, not two
     else:
@@ -288,7 +304,7 @@ def _prefill(
     if chunk.blocks is None:
         keys, values = (x[chunk.start : chunk.end].transpose(0, 1) for x in (k, v))
     else:
-        keys, values = (_gather(c, chunk.blocks, kv_heads) for c in (k_cache, v_cache))
+        keys, values = (_gather(c, chunk.blocks, kv_heads).to(q.dtype) for c in (k_cache, v_cache))
     for t in chunk.tiles:
         rows = q[t.start : t.end].unflatten(1, (kv_heads, -1)).permute(1, 2, 0, 3)  # [G, H/G, n, D]
         flat = rows.reshape(kv_heads, -1, dim)

@@ -29,7 +29,7 @@ class Step(Protocol):
 
 
 class Backend(Protocol):
-    """Knows the KV cache [layers, 2, num_blocks, G, block_size, D] and how to attend over it."""
+    """Knows the KV cache [layers, 2, num_blocks, G, block_size, D], of the model's dtype or float8, and how to attend over it."""
 
     name: str
 
@@ -47,7 +47,7 @@ def create_backend(
     kv_cache: Tensor, rotary: RotaryEmbedding, heads: int, windows: set[int | None], choice: Choice | None = None
 ) -> Backend:
     """The back end that was chosen; without a choice, our kernels or plain torch."""
-    fits = ops.has_kernels(kv_cache.device, kv_cache.dtype) and fits_kernels(kv_cache.shape[-1], rotary)
+    fits = ops.has_kernels(kv_cache.device, rotary.cos.dtype) and fits_kernels(kv_cache.shape[-1], rotary)
     name = choice.name if choice else "triton" if fits else "torch"
     if name == "triton":
         from llmkit.attention.triton import TritonBackend

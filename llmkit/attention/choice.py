@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
 import inspect
@@ -23,16 +24,19 @@ _HALVES = (torch.bfloat16, torch.float16)
 @dataclass(frozen=True)
 class Choice:
     """name: as of attention_backend=. paged: torch reads the blocks where they lie (varlen_attn) instead of gathering them.
-    block_size: tokens per KV block. because: what decided, for the start-up report."""
+    block_size: tokens per KV block. because: what decided, for the start-up report. kv_dtype: of the KV cache, None: the
+    model's."""
 
     name: str
     block_size: int
     paged: bool = False
     because: str = ""
+    kv_dtype: torch.dtype | None = None
 
     def __str__(self) -> str:
         what = {"flash_attn": "flash_attn for prompts, triton for decoding"}.get(self.name, self.name)
         what += " varlen_attn over blocks" if self.paged else ""
+        what += ", keys and values in float8" if self.kv_dtype else ""
         return f"{what} ({self.because})" if self.because else what
 
 
@@ -43,9 +47,12 @@ def choose(
     model: ModelConfig,
     block_size: int | None = None,
     deterministic: bool = False,
+    kv_cache_dtype: str = "auto",
 ) -> Choice:
     """asked: triton, torch, flash_attn, or auto for the best there is. deterministic: the one whose bits never depend on the
     batch. ConfigError says why what was asked for cannot work here. block_size: as the user gave it."""
+    if kv_cache_dtype == "fp8":
+        return _float8(asked, device, dtype, model, block_size, deterministic)
     no_triton = _no_triton(device, dtype, model)
     if deterministic:
         return _fixed(asked, no_triton, model, block_size)
@@ -56,6 +63,30 @@ def choose(
     if asked == "torch" or no_triton:
         return _torch(device, dtype, model, block_size, "" if asked == "torch" or device.type == "cpu" else no_triton)
     return Choice("triton", block_size or 64)
+
+
+def _float8(
+    asked: str, device: torch.device, dtype: torch.dtype, model: ModelConfig, block_size: int | None, deterministic: bool
+) -> Choice:
+    """Keys and values in float8 e4m3, which our kernels and plain torch read; flash attention, torch's and its own, does not."""
+    plain = choose(asked, device, dtype, model, block_size, deterministic)
+    why = _no_float8(plain.name, device)
+    if why:
+        raise ConfigError(f"kv_cache_dtype='fp8' cannot work here: {why}",
+                          "drop the option: the cache then has the model's dtype")  # fmt: skip
+    if plain.paged:
+        plain = Choice("torch", block_size or 16, because="blocks are gathered: varlen_attn does not read float8")
+    return dataclasses.replace(plain, kv_dtype=torch.float8_e4m3fn)
+
+
+def _no_float8(name: str, device: torch.device) -> str:
+    """Why this attention cannot read it; empty when it can."""
+    if name == "flash_attn":
+        return "flash_attn does not read float8"
+    if name == "torch":
+        return ""
+    major, minor = torch.cuda.get_device_capability(device)
+    return "" if 10 * major + minor >= 89 else f"it needs a GPU of compute capability 8.9 or more, this one has {major}.{minor}"
 
 
 def _fixed(asked: str, no_triton: str, model: ModelConfig, block_size: int | None) -> Choice:

@@ -39,7 +39,8 @@ class FixedStep(TritonStep):
         dim, scale = layer.head_dim, layer.head_dim**-0.5
         k_cache, v_cache = self.kv_cache[layer.layer].unbind(0)
         parts = qkv.unflatten(-1, (-1, dim))
-        q = rope_cache(parts, layer.norms, self._tables(layer), self.positions, self.slots, k_cache, v_cache, bias)
+        places = self.positions, self.slots, k_cache, v_cache
+        q = rope_cache(parts, layer.norms, self._tables(layer), *places, bias, out.dtype)
         descriptors = self.descriptors[layer.layer] if self.descriptors else None
         if d := self.decodes:
             assert isinstance(d.scratch, fixed_attention.Scratch)  # made by `FixedBackend`

@@ -21,7 +21,7 @@ class ReferenceBackend:
     def __init__(self, kv_cache: Tensor, rotary: RotaryEmbedding, windows: set[int | None]) -> None:
         self.kv_cache, self.rotary, self.windows = kv_cache, rotary, windows
         kv_heads, block_size = kv_cache.shape[3:5]
-        self.layout = reference.CacheLayout(kv_heads, block_size, kv_cache.dtype, kv_cache.device)
+        self.layout = reference.CacheLayout(kv_heads, block_size, rotary.cos.dtype, kv_cache.device)
 
     def prepare(self, batch: Batch, positions: Tensor, slot_mapping: Tensor) -> ReferenceStep:
         lengths = (batch.cu_seqlens, batch.context_lens, batch.block_tables)

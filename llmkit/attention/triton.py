@@ -124,7 +124,7 @@ class TritonStep:
         first, dim = self.runs.first, layer.head_dim
         k_cache, v_cache = self.kv_cache[layer.layer].unbind(0)
         places = self.positions[first:], self.slots[first:], k_cache, v_cache
-        q = rope_cache(qkv.unflatten(-1, (-1, dim)), layer.norms, self._tables(layer), *places, bias)
+        q = rope_cache(qkv.unflatten(-1, (-1, dim)), layer.norms, self._tables(layer), *places, bias, out.dtype)
         self._attend_runs(layer, q, k_cache, v_cache, out.view(-1, layer.num_heads, dim))
         return out
 

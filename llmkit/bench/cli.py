@@ -173,7 +173,7 @@ def prepared(
     say("measuring the machine's ceilings")
     steps = [Step(n, n) for n in dict.fromkeys(decodes)] + [Step(n, 1) for n in dict.fromkeys(prefills)]
     ceilings = measure_ceilings(subject.device, subject.dtype, subject.model, steps)
-    limits = Limits(ModelCost.of(subject.model, subject.dtype.itemsize), ceilings.read, ceilings.matmul)
+    limits = Limits(ModelCost.of(subject.model, subject.dtype.itemsize, subject.kv_itemsize), ceilings.read, ceilings.matmul)
     with ExitStack() as stack:
         contenders: list[Contender] = []
         for name in names(args):

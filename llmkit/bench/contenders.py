@@ -31,6 +31,11 @@ class Subject:
     def dtype_name(self) -> str:
         return str(self.dtype).removeprefix("torch.")
 
+    @property
+    def kv_itemsize(self) -> int:
+        """Bytes of a number of llmkit's KV cache."""
+        return 1 if self.options.get("kv_cache_dtype") == "fp8" else self.dtype.itemsize
+
     @classmethod
     def of(cls, options: dict[str, Any], static_batch: int = 32) -> Subject:
         """Find the model and choose device and dtype as llmkit would, without loading it."""

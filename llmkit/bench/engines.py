@@ -12,27 +12,25 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from llmkit.errors import ConfigError
 
-if TYPE_CHECKING:
-    from llmkit.models.config import ModelConfig
-
 OURS, OTHERS = "llmkit", ("vllm",)
-_SHARED = ("model", "load_format", "skip_tokenizer_init", "max_model_len", "dtype", "seed", "gpu_memory_utilization",
-           "quantization", "enforce_eager", "enable_prefix_caching", "max_num_seqs", "max_num_batched_tokens")  # fmt: skip
+_SHARED = ("model", "load_format", "skip_tokenizer_init", "max_model_len", "dtype", "kv_cache_dtype", "seed", "enforce_eager",
+           "gpu_memory_utilization", "quantization", "enable_prefix_caching", "max_num_seqs",
+           "max_num_batched_tokens")  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """An engine. words: the package with its `SamplingParams`. most_at_once: requests of a step. itemsize: bytes of a key's
-    number, and of a weight's."""
+    """An engine. words: the package with its `SamplingParams`. most_at_once: requests of a step. itemsizes: bytes of a weight's
+    number, and of a key's."""
 
     llm: Any
     words: ModuleType
     most_at_once: int
-    itemsize: int
+    itemsizes: tuple[int, int]
 
 
 def check_installed(names: tuple[str, ...]) -> None:
@@ -55,23 +53,25 @@ def version(name: str) -> str:
 
 
 @contextmanager
-def load(name: str, options: dict[str, Any], shape: ModelConfig) -> Iterator[Loaded]:
-    """Load the package's engine for a model of this shape; its memory is given back at the end."""
+def load(name: str, options: dict[str, Any]) -> Iterator[Loaded]:
+    """Load the package's engine; its memory is given back at the end."""
     words = importlib.import_module(name)
     llm = words.LLM(**known_options(name, options))
     try:
-        yield _ours(llm, words, shape) if name == OURS else _vllm(llm, words)
+        yield _ours(llm, words) if name == OURS else _vllm(llm, words)
     finally:
         llm.close() if name == OURS else llm.llm_engine.engine_core.shutdown()
         del llm
         gc.collect()
 
 
-def _ours(llm: Any, words: ModuleType, shape: ModelConfig) -> Loaded:
-    plan = llm.memory_plan()
-    return Loaded(llm, words, plan.max_num_seqs, plan.block_bytes // (plan.block_size * shape.kv_bytes_per_token))
+def _ours(llm: Any, words: ModuleType) -> Loaded:
+    model = llm._engine.model
+    return Loaded(llm, words, llm.memory_plan().max_num_seqs, (model.dtype.itemsize, model.kv_dtype.itemsize))
 
 
 def _vllm(llm: Any, words: ModuleType) -> Loaded:
     config = llm.llm_engine.vllm_config
-    return Loaded(llm, words, config.scheduler_config.max_num_seqs, config.model_config.dtype.itemsize)
+    size = config.model_config.dtype.itemsize
+    narrow = str(config.cache_config.cache_dtype).startswith("fp8")
+    return Loaded(llm, words, config.scheduler_config.max_num_seqs, (size, 1 if narrow else size))

@@ -18,8 +18,9 @@ from llmkit.models.config import ModelConfig
 class ModelCost:
     """A decoder by what it costs.
 
-    body, head: parameters of all layers and of the output matrix. itemsize: bytes of a number. kv_size: keys and values that a
-    layer stores a token, in numbers. attention_size: heads * head size. windows: sliding window (None = all) -> how many layers.
+    body, head: parameters of all layers and of the output matrix. itemsize, kv_itemsize: bytes of a weight's number, and of a
+    key's. kv_size: keys and values that a layer stores a token, in numbers. attention_size: heads * head size. windows: sliding
+    window (None = all) -> how many layers.
     """
 
     body: int
@@ -28,9 +29,11 @@ class ModelCost:
     kv_size: int
     attention_size: int
     windows: tuple[tuple[int | None, int], ...]
+    kv_itemsize: int
 
     @classmethod
-    def of(cls, config: ModelConfig, itemsize: int) -> ModelCost:
+    def of(cls, config: ModelConfig, itemsize: int, kv_itemsize: int | None = None) -> ModelCost:
+        """kv_itemsize: None: as the weights'."""
         table = config.vocab_size * config.hidden_size
         return cls(
             body=config.num_parameters - table * (1 if config.tie_embeddings else 2),
@@ -39,6 +42,7 @@ class ModelCost:
             kv_size=2 * config.num_kv_heads * config.head_dim,
             attention_size=config.num_heads * config.head_dim,
             windows=tuple(Counter(config.windows).items()),
+            kv_itemsize=kv_itemsize or itemsize,
         )
 
     @property
@@ -48,7 +52,7 @@ class ModelCost:
 
     def kv_bytes(self, context: int) -> int:
         """Bytes of keys and values that one new token reads at this context."""
-        return self.kv_size * self.itemsize * self._keys(context)
+        return self.kv_size * self.kv_itemsize * self._keys(context)
 
     def decode_flops(self, context: int) -> int:
         """FLOPs of one new token: 2 a parameter, and 4 an attention channel and key."""

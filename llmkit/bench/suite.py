@@ -101,9 +101,9 @@ class Suite:
         from llmkit.models.config import ModelConfig
 
         config = self.scale.config(model)
-        shape = ModelConfig.from_dict(config)
-        with load(package, options, shape) as engine:
-            limits = Limits(ModelCost.of(shape, engine.itemsize), ceilings.read, ceilings.matmul)
+        with load(package, options) as engine:
+            cost = ModelCost.of(ModelConfig.from_dict(config), *engine.itemsizes)
+            limits = Limits(cost, ceilings.read, ceilings.matmul)
             yield Bench(engine, config, self.scale, limits, self.clock, self.repeat)
 
     def _in_time(self, package: str, row: Row) -> bool:

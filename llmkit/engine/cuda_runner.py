@@ -55,16 +55,14 @@ class CudaRunner(Runner):
     """A `Runner` whose steps are replayed graphs: those of decodes alone, and those with prompts that are not too large. Others
     take the eager road, on the same rows."""
 
-    def __init__(
-        self, model: Decoder, rows: Rows, num_blocks: int, max_tokens: int, dtype: torch.dtype, enforce_eager: bool = False
-    ) -> None:
+    def __init__(self, model: Decoder, rows: Rows, num_blocks: int, max_tokens: int, enforce_eager: bool = False) -> None:
         self.enforce_eager = enforce_eager
         embedding = model.embedding.weight
         # of whichever graph ran last; made once, for when rows are attached again memory may be short
         self._logits = torch.empty(len(rows.requests), model.config.vocab_size, dtype=torch.float32, device=model.device)
         self._graph_tokens = graph_tokens(model.weight_bytes)
         self._hidden = None if enforce_eager else embedding.new_empty(self._graph_tokens, embedding.shape[1])
-        super().__init__(model, rows, num_blocks, max_tokens, dtype)
+        super().__init__(model, rows, num_blocks, max_tokens)
         self.passes = self.fused = FixedForward(model) if isinstance(self.backend, FixedBackend) else FusedForward(model)
         self._replays_prompts = not isinstance(self.backend, FlashBackend)  # which computes prompts itself
 

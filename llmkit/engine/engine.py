@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
 
 from llmkit.engine.batch import Batch, build_batch
 from llmkit.engine.kv_cache import BlockPool
@@ -60,7 +59,6 @@ class Engine:
         self,
         model: Decoder,
         plan: MemoryPlan,
-        dtype: torch.dtype,
         *,
         token_budget: int,
         short_mixed: bool = True,
@@ -74,7 +72,7 @@ class Engine:
         self._new_rows = lambda: Rows(plan.max_num_seqs, plan.max_model_len, plan.block_size)
         self._new_pool = lambda: BlockPool(plan.num_blocks, plan.block_size, caching)
         self.rows, self.pool = self._new_rows(), self._new_pool()
-        self.runner = create_runner(model, self.rows, plan.num_blocks, token_budget, dtype, enforce_eager)
+        self.runner = create_runner(model, self.rows, plan.num_blocks, token_budget, enforce_eager)
         mixed = self.runner.mixed_tokens if short_mixed else None
         self._new_scheduler = lambda: Scheduler(self.rows, self.pool, token_budget, chunk_limit, by_priority, mixed)
         self.scheduler = self._new_scheduler()

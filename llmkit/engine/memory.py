@@ -70,7 +70,7 @@ class MemoryPlan:
         return [
             f"a shorter context: max_model_len={shorter} needs {need:.2f} GiB a request",
             f"fewer at once: max_num_seqs={max(1, self.max_num_seqs // 2)}",
-            "a smaller or quantised model, or dtype='bfloat16'",
+            "a smaller or quantised model, dtype='bfloat16', or kv_cache_dtype='fp8'",
         ]
 
     def __str__(self) -> str:
@@ -113,8 +113,10 @@ def plan_memory(
     max_num_seqs: int,
     max_tokens: int,
     before: int,
+    kv_dtype: torch.dtype | None = None,
 ) -> MemoryPlan:
-    """Divide the memory. `before`: bytes in use on the device before this engine began. OutOfMemoryError carries the plan."""
+    """Divide the memory. `before`: bytes in use on the device before this engine began. kv_dtype: of the KV cache, None: `dtype`.
+    OutOfMemoryError carries the plan."""
     total, kernels = device_total(device), ops.has_kernels(device, dtype)
     block_size = config.block_size or (64 if kernels else 16)
     wanted_len = config.max_model_len or model.max_position
@@ -122,7 +124,7 @@ def plan_memory(
     plan = MemoryPlan(
         device=str(device), total=total, others=before, weights=weights,
         activations=_activations(model, dtype, max_num_seqs, max_tokens + kept),
-        block_bytes=kv_block_bytes(model, block_size, dtype), block_size=block_size,
+        block_bytes=kv_block_bytes(model, block_size, kv_dtype or dtype), block_size=block_size,
         num_blocks=0, max_model_len=wanted_len, max_num_seqs=max_num_seqs,
     )  # fmt: skip
     if kernels and config.deterministic:

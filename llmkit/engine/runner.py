@@ -79,7 +79,8 @@ class Passes(Protocol):
 class Runner:
     """Owns the KV cache and the buffers whose addresses never change, so that a captured graph can replay over them.
 
-    kv_cache: [layers, 2, num_blocks, G, block_size, D]. input_ids, positions, slot_mapping: int64 [max_tokens].
+    kv_cache: [layers, 2, num_blocks, G, block_size, D], of the model's kv_dtype. input_ids, positions, slot_mapping: int64
+    [max_tokens].
     last_token: int64 [rows], the newest token of each row; it is written by the sampler on the device and read by the next
     step there, so that decoding never waits for the host.
 
@@ -88,12 +89,13 @@ class Runner:
 
     mixed_tokens: int | None = None
 
-    def __init__(self, model: Decoder, rows: Rows, num_blocks: int, max_tokens: int, dtype: torch.dtype) -> None:
+    def __init__(self, model: Decoder, rows: Rows, num_blocks: int, max_tokens: int) -> None:
         c, device = model.config, model.device
         self.model, self.device = model, device
         self.passes: Passes = model
         shape = (c.num_layers, 2, num_blocks, c.num_kv_heads, rows.block_size, c.head_dim)
-        self.kv_cache = _zeros(shape, dtype, device)
+        self.kv_cache = _zeros(shape, model.kv_dtype, device)
+        self._blocks = self.kv_cache.view(torch.uint8) if model.kv_dtype.itemsize == 1 else self.kv_cache  # to clear and to copy
         self.backend = create_backend(self.kv_cache, model.rotary, c.num_heads, set(c.windows), model.attention)
         self.input_ids, self.positions, self.slot_mapping = torch.zeros(3, max_tokens, dtype=torch.int64, device=device).unbind(0)
         self.last_token = torch.zeros(len(rows.requests), dtype=torch.int64, device=device)
@@ -141,16 +143,16 @@ class Runner:
         """Fill blocks with zeros for their new owners: 0 · NaN is NaN, so what others left there is never quite masked."""
         if self.device.type == "cpu":  # where an index takes five times as long or more; on a GPU each block would be a launch
             for block in schedule.fresh:
-                self.kv_cache[:, :, block].zero_()
+                self._blocks[:, :, block].zero_()
         elif schedule.fresh:
-            self.kv_cache[:, :, self._index(np.array(schedule.fresh))] = 0
+            self._blocks[:, :, self._index(np.array(schedule.fresh))] = 0
         schedule.fresh.clear()
 
     def _copy_blocks(self, schedule: Schedule) -> None:
         """What is left in `copies` afterwards was not made, should the step fail."""
         if schedule.copies:
             source, target = self._index(np.array(schedule.copies)).unbind(1)
-            self.kv_cache[:, :, target] = self.kv_cache[:, :, source]
+            self._blocks[:, :, target] = self._blocks[:, :, source]
             schedule.copies.clear()
 
     def _loads_later(self, batch: Batch, schedule: Schedule) -> bool:
@@ -203,15 +205,13 @@ class Runner:
         return found
 
 
-def create_runner(
-    model: Decoder, rows: Rows, num_blocks: int, max_tokens: int, dtype: torch.dtype, enforce_eager: bool = False
-) -> Runner:
+def create_runner(model: Decoder, rows: Rows, num_blocks: int, max_tokens: int, enforce_eager: bool = False) -> Runner:
     """The quickest runner for the model's device: graphs of our kernels on a GPU, else plain torch."""
     in_torch = model.attention is not None and model.attention.name == "torch"
-    if ops.has_kernels(model.device, dtype) and not in_torch:
+    if ops.has_kernels(model.device, model.dtype) and not in_torch:
         from llmkit.engine.cuda_runner import CudaRunner
         from llmkit.models.fused import FusedForward
 
         if FusedForward.supports(model):
-            return CudaRunner(model, rows, num_blocks, max_tokens, dtype, enforce_eager)
-    return Runner(model, rows, num_blocks, max_tokens, dtype)
+            return CudaRunner(model, rows, num_blocks, max_tokens, enforce_eager)
+    return Runner(model, rows, num_blocks, max_tokens)

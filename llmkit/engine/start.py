@@ -102,8 +102,9 @@ def _start(config: EngineConfig, report: StartupReport) -> Started:
             device = choose_device(config.device)
             dtype = choose_dtype(config.dtype, model_config.dtype, device)
             attention = choose(
-                config.attention_backend, device, dtype, model_config, config.block_size, config.deterministic
-            )
+                config.attention_backend, device, dtype, model_config, config.block_size, config.deterministic,
+                config.kv_cache_dtype,
+            )  # fmt: skip
             config = dataclasses.replace(config, block_size=attention.block_size)
             used_before = device_used(device)
             check_room(model_config, dtype, device, used_before)
@@ -181,11 +182,10 @@ def _build(config: EngineConfig, model: Decoder, dtype: torch.dtype, used_before
     if budget < seqs:
         raise ConfigError(f"max_num_batched_tokens={budget} is less than max_num_seqs={seqs}: a step must hold a token of each",
                           f"use max_num_seqs={budget} or more tokens")  # fmt: skip
-    plan = plan_memory(config, model.config, dtype, model.device, model.weight_bytes, seqs, budget, used_before)
+    plan = plan_memory(config, model.config, dtype, model.device, model.weight_bytes, seqs, budget, used_before, model.kv_dtype)
     return Engine(
         model,
         plan,
-        dtype,
         token_budget=budget,
         short_mixed=config.max_num_batched_tokens is None,
         chunk_limit=config.long_prefill_token_threshold,

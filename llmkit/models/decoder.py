@@ -53,7 +53,7 @@ class Decoder:
         max_len: int,
         reader: Reader | None = None,
     ) -> None:
-        self.config, self.device = config, device
+        self.config, self.device, self.dtype = config, device, dtype
         self.attention: Choice | None = None
         load = _Loader(config, weights, dtype, device, reader)
         self.rotary = RotaryEmbedding(config.rope, max_len, dtype, device)
@@ -67,6 +67,11 @@ class Decoder:
         weights.release()
         self.weight_bytes = load.bytes
         self.attention_width = config.num_heads * config.head_dim
+
+    @property
+    def kv_dtype(self) -> torch.dtype:
+        """Of the KV cache: the model's own, or what was chosen."""
+        return (self.attention.kv_dtype if self.attention else None) or self.dtype
 
     def forward(self, input_ids: Tensor, step: Step) -> Tensor:
         """input_ids: int64 [T] -> hidden states [T, hidden], normed. Writes the step's keys and values."""

@@ -118,6 +118,25 @@ def test_flash_attn_is_used_when_it_is_asked_for_and_there(gpu):
         choose("flash_attn", GPU, BF16, model())
 
 
+def test_float8_is_for_our_kernels_and_plain_torch(gpu, monkeypatch):
+    def chosen(asked: str = "auto", device: torch.device = GPU, **options: Any) -> Choice:
+        return choose(asked, device, BF16, model(), kv_cache_dtype="fp8", **options)
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert chosen() == Choice("triton", 64, kv_dtype=torch.float8_e4m3fn)
+    assert str(chosen()) == "triton, keys and values in float8"
+    assert chosen(deterministic=True).kv_dtype == torch.float8_e4m3fn
+    assert chosen(device=CPU) == Choice("torch", 16, kv_dtype=torch.float8_e4m3fn)
+    assert (chosen("torch").paged, chosen("torch").block_size) == (False, 16)
+    assert "varlen_attn does not read float8" in str(chosen("torch"))
+    with pytest.raises(ConfigError, match="kv_cache_dtype='fp8' cannot work here: flash_attn does not read float8"):
+        chosen("flash_attn")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    with pytest.raises(ConfigError, match=r"capability 8\.9 or more, this one has 8\.6"):
+        chosen()
+    assert chosen("torch").kv_dtype == torch.float8_e4m3fn
+
+
 def test_this_torch_is_recognised():
     varlen = importlib.import_module("torch.nn.attention.varlen")
     has = "block_table" in str(inspect.signature(varlen.varlen_attn))

@@ -95,7 +95,8 @@ class LLM:
     def __init__(self, **options):
         self.ours = Ours(device="cpu", **options)
         self.llm_engine = Thing(
-            vllm_config=Thing(scheduler_config=Thing(max_num_seqs=8), model_config=Thing(dtype=torch.float32)),
+            vllm_config=Thing(scheduler_config=Thing(max_num_seqs=8), model_config=Thing(dtype=torch.float32),
+                              cache_config=Thing(cache_dtype="auto")),
             engine_core=Thing(shutdown=self.close))
 
     def generate(self, prompts, params, use_tqdm):
@@ -171,7 +172,7 @@ class Answering:
 
 def bench(llm, scale=FULL, budget=None, repeat=3) -> Bench:
     cost = ModelCost.of(ModelConfig.from_dict(scale.config("A")), 2)
-    return Bench(Loaded(llm, llmkit, 256, 2), scale.config("A"), scale, Limits(cost, 3.13e12, 756e12), Clock(budget), repeat)
+    return Bench(Loaded(llm, llmkit, 256, (2, 2)), scale.config("A"), scale, Limits(cost, 3.13e12, 756e12), Clock(budget), repeat)
 
 
 def test_decode_is_what_all_tokens_take_beyond_the_first(monkeypatch):

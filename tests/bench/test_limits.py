@@ -14,7 +14,7 @@ QWEN2_7B = {
     "num_attention_heads": 28, "num_key_value_heads": 4, "intermediate_size": 18944, "vocab_size": 152064,
     "max_position_embeddings": 32768, "rms_norm_eps": 1e-6, "tie_word_embeddings": False,
 }  # fmt: skip
-COST = ModelCost(body=1000, head=100, itemsize=2, kv_size=8, attention_size=4, windows=((None, 2), (3, 1)))
+COST = ModelCost(body=1000, head=100, itemsize=2, kv_size=8, attention_size=4, windows=((None, 2), (3, 1)), kv_itemsize=2)
 
 
 def test_qwen2_7b_reads_what_it_is_known_to_read():

@@ -16,7 +16,7 @@ from llmkit.bench.throughput import measure_throughput
 from llmkit.bench.workload import Workload, fixed
 from llmkit.errors import ConfigError, LlmkitError
 
-LIMITS = Limits(ModelCost(1000, 100, 2, 8, 4, ((None, 2),)), 1e6, 1e8)
+LIMITS = Limits(ModelCost(1000, 100, 2, 8, 4, ((None, 2),), 2), 1e6, 1e8)
 
 
 class Robot:

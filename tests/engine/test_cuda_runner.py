@@ -20,6 +20,7 @@ pytest.importorskip("triton", reason="triton comes with torch's CUDA builds; wit
 from llmkit_kernels import decode_attention
 
 from llmkit import LLM, SamplingParams, ops
+from llmkit.attention import choice
 from llmkit.engine import cuda_runner, graphs, prompt_graphs, sampler
 from llmkit.engine.drawing import Work
 from llmkit.engine.request import Request
@@ -144,6 +145,20 @@ def test_deterministic_says_what_the_plain_runner_says_in_any_company(on_the_gpu
         expected = said(plain, GREEDY, prompts)
         assert said(llm, GREEDY, prompts) == expected, "steps that mix decodes and chunks of prompts among them"
         assert [said(llm, GREEDY, [p])[0] for p in prompts] == expected
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_float8_keys_are_kept_once_whoever_computes_them(on_the_gpu, folder, deterministic, monkeypatch):
+    """Alone, in company, in chunks or from the cache; the interpreter cuts float8 off, so there is no other runner to ask."""
+    monkeypatch.setattr(choice, "_no_float8", lambda name, device: "")
+    prompts = [*PROMPTS, [9] * 40]
+    with load(folder, kv_cache_dtype="fp8", deterministic=deterministic, max_num_batched_tokens=16) as llm:
+        assert llm._engine.runner.kv_cache.dtype == torch.float8_e4m3fn
+        together = said(llm, GREEDY, prompts)
+        assert [said(llm, GREEDY, [p])[0] for p in prompts] == together
+        assert llm.stats()["prefix_cache_hits"] > 0
+        llm.reset_prefix_cache()
+        assert [said(llm, GREEDY, [p])[0] for p in prompts] == together
 
 
 def test_limits_that_leave_one_token_are_greedy(gpu, plain):

@@ -128,6 +128,34 @@ def test_other_shapes_nearly_agree(folder, prompts, expected, options):
         assert llm.stats()["kv_blocks_free"] == llm.stats()["kv_blocks_total"]
 
 
+needs_float8 = pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9), reason="this GPU has no float8"
+)
+
+
+@needs_float8
+def test_float8_keys_replayed_eager_and_by_plain_torch(folder, prompts):
+    with engine(folder, kv_cache_dtype="fp8") as llm:
+        answers = tokens(llm, prompts)
+        assert tokens(llm, prompts) == answers, "prompts from the cache"
+        assert llm._engine.runner.kv_cache.dtype == torch.float8_e4m3fn
+    for options in ({"enforce_eager": True}, {"num_kv_blocks": 24}):
+        with engine(folder, kv_cache_dtype="fp8", **options) as llm:
+            assert agreement(tokens(llm, prompts), answers) >= (0.4 if "num_kv_blocks" in options else 1)
+    with engine(folder, kv_cache_dtype="fp8", attention_backend="torch") as llm:  # a key may be rounded to the other side there
+        assert agreement(tokens(llm, prompts), answers) >= 0.4
+
+
+@needs_float8
+def test_float8_keys_deterministic(folder, prompts):
+    with engine(folder, deterministic=True, kv_cache_dtype="fp8") as llm:
+        alone = bits(llm, prompts, together=False)
+        llm.reset_prefix_cache()
+        assert bits(llm, prompts, together=True) == alone
+    with engine(folder, deterministic=True, kv_cache_dtype="fp8", max_num_batched_tokens=136, max_num_seqs=128) as llm:
+        assert bits(llm, prompts, together=True) == alone
+
+
 def test_a_last_chunk_of_one_token_alone_in_its_step(folder, prompts):
     """It takes the way of those that decode, on rows that others have used."""
     ragged = [p[: 1 + 16 * (len(p) // 16)] for p in prompts if len(p) > 16]

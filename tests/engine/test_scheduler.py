@@ -178,7 +178,7 @@ class House:
         plan = MemoryPlan("cpu", 0, 0, 0, 0, 1, self.block_size, self.num_blocks, self.max_len, self.num_rows)
         shadow = lambda model, rows, num_blocks, max_tokens, *rest: ShadowRunner(rows, max_tokens, self.chains, self.mixed)
         with mock.patch("llmkit.engine.engine.create_runner", shadow):
-            self.engine = Engine(mock.Mock(device=torch.device("cpu")), plan, torch.float32, token_budget=self.budget,
+            self.engine = Engine(mock.Mock(device=torch.device("cpu")), plan, token_budget=self.budget,
                                  chunk_limit=self.chunk_limit, caching=self.caching, by_priority=self.by_priority)  # fmt: skip
 
     def add(self, prompt: list[int], max_tokens: int, n: int = 1, priority: int = 0, read_along: bool = True) -> list[Request]:

@@ -7,6 +7,7 @@ A driver that only names the architecture stands in for the real one, and a laun
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import sys
 from unittest import mock
@@ -92,8 +93,9 @@ def products() -> None:
 
 
 def attention() -> None:
-    for dim, cap in ((128, None), (256, None), (128, 50.0)):
-        cache, tables = empty(10, 2, 64, dim), empty(128, 8, dtype=torch.int32)
+    stored = [torch.bfloat16, *([torch.float8_e4m3fn] if ARCHITECTURE >= 89 else [])]
+    for dtype, (dim, cap) in itertools.product(stored, ((128, None), (256, None), (128, 50.0))):
+        cache, tables = empty(10, 2, 64, dim, dtype=dtype), empty(128, 8, dtype=torch.int32)
         where, cos, ints = empty(128, dtype=torch.int64), empty(512, dim), empty(3, dtype=torch.int32)
         for batch in (1, 128):
             scratch = decode_attention.DecodeScratch(batch, 8, 2, dim, CPU)
@@ -104,7 +106,7 @@ def attention() -> None:
         both = None if by_tma is None else (by_tma, by_tma)
         q = rope_cache.rope_cache(empty(100, 12, dim), None, (cos, cos), where, where, cache, cache)
         parts = empty(2, 100, 12, dim, dtype=torch.float32)
-        rope_cache.rope_cache(parts, None, (cos, cos), where, where, cache, cache, empty(12 * dim))
+        rope_cache.rope_cache(parts, None, (cos, cos), where, where, cache, cache, empty(12 * dim), torch.bfloat16)
         prefill_attention.prefill(q, cache, cache, ints, ints, tables, (ints, ints), 1.0, 70, None, both, cap)
         for window in (None, 70):
             fixed_attention.prefill(q, cache, cache, ints, ints, tables, (ints, ints), 1.0, window, None, both)

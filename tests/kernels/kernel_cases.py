@@ -134,7 +134,7 @@ def attend(
     """write_kv and paged_attention of the reference."""
     kv_heads, size = k_cache.shape[1:3]
     reference.write_kv(k, v, k_cache, v_cache, reference.kv_rows(slots_of(tables, lens, contexts, size), kv_heads, size))
-    layout = reference.CacheLayout(kv_heads, size, k_cache.dtype, DEVICE)
+    layout = reference.CacheLayout(kv_heads, size, q.dtype, DEVICE)
     cu = np.concatenate(([0], np.cumsum(lens))).astype(np.int64)
     plan = reference.plan_attention(cu, np.array(contexts), tables.cpu().numpy(), window, layout)
     return reference.paged_attention(q, k, v, k_cache, v_cache, plan, scale, soft_cap)

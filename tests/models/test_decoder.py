@@ -43,7 +43,7 @@ def logits_of(model: Decoder, prompts: list[list[int]]) -> list[torch.Tensor]:
         rows.add_blocks(row, list(range(next_block, next_block + count)))
         next_block += count
     lengths = np.array([len(p) for p in prompts], np.int32)
-    runner = Runner(model, rows, next_block, int(lengths.sum()), model.embedding.weight.dtype)
+    runner = Runner(model, rows, next_block, int(lengths.sum()))
     hidden = runner._forward(build_batch(rows, np.arange(len(prompts)), lengths, 0))
     return list(model.logits(hidden).split(lengths.tolist()))
 

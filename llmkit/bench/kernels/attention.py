@@ -14,12 +14,14 @@ from llmkit.bench.kernels.work import Inputs, Work
 _BLOCK = 64  # tokens of a KV block, the engine's own choice
 
 
-def decode(given: Inputs, batch: int, context: int) -> Work:
-    """One new token each of `batch` sequences: from the product's partial results to the heads' outputs."""
-    c, blocks = given.config, -(-context // _BLOCK)
-    read = 2 * context * c.num_kv_heads * c.head_dim * given.dtype.itemsize * batch
+def decode(given: Inputs, batch: int, context: int, stored: torch.dtype | None = None) -> Work:
+    """One new token each of `batch` sequences: from the product's partial results to the heads' outputs. stored: the cache's
+    dtype, where it is not the queries'."""
+    c, blocks, stored = given.config, -(-context // _BLOCK), stored or given.dtype
+    read = 2 * context * c.num_kv_heads * c.head_dim * stored.itemsize * batch
     copies = given.copies(read)
     k_cache, v_cache, tables = _cache(given, copies * batch, blocks)
+    k_cache, v_cache = k_cache.to(stored), v_cache.to(stored)
     positions = torch.full((batch,), context - 1, device=given.device)
     parts = given.normal(2, batch, given.qkv_width, dtype=torch.float32)
     scratch = decode_attention.DecodeScratch(batch, c.num_heads, c.num_kv_heads, c.head_dim, given.device)
@@ -34,7 +36,7 @@ def decode(given: Inputs, batch: int, context: int) -> Work:
     def want() -> Tensor:
         q, k, v = _rotated(given, parts.sum(0), positions, given.bias)
         keys, values = (_sequences(cache, tables[:batch], context).float() for cache in (k_cache, v_cache))
-        keys[:, -1], values[:, -1] = k.float(), v.float()
+        keys[:, -1], values[:, -1] = (reference.kept(x, stored).float() for x in (k, v))
         return torch.stack([_attend(*each)[0] for each in zip(q.float()[:, None], keys, values)]).flatten(1)
 
     return Work(run, copies, read + parts.nbytes + out.nbytes, 4 * batch * context * c.num_heads * c.head_dim, want)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from llmkit_kernels.gemm import MOST_TOKENS
 
 from llmkit.bench.kernels import attention, choosing, products
@@ -43,6 +44,9 @@ def cases(given: Inputs, sizes: Sizes) -> dict[str, Callable[[], Work]]:
     for context in sizes.contexts:
         for m in batches:
             found[f"attention-decode-{m}x{context}"] = lambda m=m, n=context: attention.decode(given, m, n)
+            if given.float8:
+                narrow = lambda m=m, n=context: attention.decode(given, m, n, torch.float8_e4m3fn)
+                found[f"attention-decode-float8-{m}x{context}"] = narrow
     for m in sizes.many:
         found[f"rotate-and-store-{m}"] = lambda m=m: attention.rotate_and_store(given, m)
     for count, length in sizes.prompts:

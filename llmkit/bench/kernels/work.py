@@ -64,6 +64,11 @@ class Inputs:
         return torch.full(shape, float("nan"), dtype=self.dtype, device=self.device)
 
     @property
+    def float8(self) -> bool:
+        """Whether the device rounds to it: a GPU of compute capability 8.9 or more. Triton's interpreter cuts off."""
+        return self.device.type == "cuda" and torch.cuda.get_device_capability(self.device) >= (8, 9)
+
+    @property
     def qkv_width(self) -> int:
         return self.config.head_dim * (self.config.num_heads + 2 * self.config.num_kv_heads)
 
