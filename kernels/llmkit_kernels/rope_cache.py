@@ -64,8 +64,8 @@ def _rope_cache(
     tl.store(query + halves, a, mask=heads < H)
     tl.store(query + D // 2 + halves, b, mask=heads < H)
     key, is_key = k_cache + place + (heads - H) * BLOCK_SIZE * D, (heads >= H) & (heads < H + stored)
-    tl.store(key + halves, kept(tl.where(broken, float("nan"), a), CACHE), mask=is_key)
-    tl.store(key + D // 2 + halves, kept(tl.where(broken, float("nan"), b), CACHE), mask=is_key)
+    tl.store(key + halves, kept(tl.where(broken, float("nan"), a).to(DTYPE), CACHE), mask=is_key)
+    tl.store(key + D // 2 + halves, kept(tl.where(broken, float("nan"), b).to(DTYPE), CACHE), mask=is_key)
 
 
 def rope_cache(
