@@ -60,7 +60,10 @@ def load(name: str, options: dict[str, Any]) -> Iterator[Loaded]:
     try:
         yield _ours(llm, words) if name == OURS else _vllm(llm, words)
     finally:
-        llm.close() if name == OURS else llm.llm_engine.engine_core.shutdown()
+        if name == OURS:
+            llm.close()
+        else:
+            llm.llm_engine.engine_core.shutdown()
         del llm
         gc.collect()
 
