@@ -60,7 +60,7 @@ ENGINE: dict[str, tuple[tuple[Any, ...], str]] = {
     "pipeline_parallel_size": ((1, None), _ONE_DEVICE),
     "pooler_config": ((None,), _POOLING),
     "preemption_mode": (("recompute", None), "preempted requests are recomputed, never swapped; drop the option"),
-    "quantization_param_path": ((None,), "not available: the KV cache has the model's dtype"),
+    "quantization_param_path": ((None,), "not available: kv_cache_dtype='fp8' rounds keys and values without scales"),
     "rope_scaling": ((None, {}), "write it into the model's config.json"),
     "rope_theta": ((None,), "write it into the model's config.json"),
     "runner": (("auto", "generate", "pooling", None), _GENERATES),

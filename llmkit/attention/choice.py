@@ -84,7 +84,7 @@ def _no_float8(name: str, device: torch.device) -> str:
     if name == "flash_attn":
         return "flash_attn does not read float8"
     if name == "torch":
-        return ""
+        return "torch has no float8 on mps" if device.type == "mps" else ""
     major, minor = torch.cuda.get_device_capability(device)
     return "" if 10 * major + minor >= 89 else f"it needs a GPU of compute capability 8.9 or more, this one has {major}.{minor}"
 

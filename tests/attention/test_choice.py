@@ -131,6 +131,8 @@ def test_float8_is_for_our_kernels_and_plain_torch(gpu, monkeypatch):
     assert "varlen_attn does not read float8" in str(chosen("torch"))
     with pytest.raises(ConfigError, match="kv_cache_dtype='fp8' cannot work here: flash_attn does not read float8"):
         chosen("flash_attn")
+    with pytest.raises(ConfigError, match="torch has no float8 on mps"):
+        chosen(device=torch.device("mps"))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
     with pytest.raises(ConfigError, match=r"capability 8\.9 or more, this one has 8\.6"):
         chosen()
