@@ -34,7 +34,7 @@ class EngineConfig:
     gpu_memory_utilization: float = option(0.9, "share of the GPU's memory this engine may use", at_least=0.01)
     kv_cache_memory: float | None = option(None, "GiB for the KV cache; by default what fits", at_least=0)
     num_kv_blocks: int | None = option(None, "exact number of KV blocks; by default what fits", at_least=2)
-    kv_cache_dtype: str = option("auto", "number format of the KV cache; fp8 holds twice as many tokens", ("auto", "fp8"))
+    kv_cache_dtype: str = option("auto", "number format of the KV cache; fp8 takes a byte a number", ("auto", "fp8"))
     block_size: int | None = option(None, "tokens per KV block; by default 64 for our GPU kernels, else 16", at_least=1)
     tensor_parallel_size: int = option(1, "GPUs that share each layer", at_least=1)
     attention_backend: str = option("auto", "who computes attention", ("auto", "triton", "torch", "flash_attn"))

@@ -21,6 +21,7 @@ ENGINE: dict[str, tuple[tuple[Any, ...], str]] = {
     "additional_config": ((None, {}), "drop the option"),
     "allowed_local_media_path": (("", None), _TEXT_ONLY),
     "async_scheduling": ((None, False, True), "drop the option"),
+    "calculate_kv_scales": ((False, None), "not available: kv_cache_dtype='fp8' rounds keys and values without scales"),
     "compilation_config": ((None,), "drop the option; enforce_eager=True switches graphs off"),
     "config_format": (("auto", "hf", None), "a model folder needs a Hugging Face config.json"),
     "convert": (("auto", "none", "embed", None), _GENERATES),

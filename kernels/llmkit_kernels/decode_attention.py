@@ -160,7 +160,7 @@ def _decode_part(
     v1 = v1.to(DTYPE)
     if CACHE != DTYPE:  # as they will be read
         ka1, kb1 = kept(ka1, CACHE).to(DTYPE), kept(kb1, CACHE).to(DTYPE)
-        v1 = tl.where(finite(v1), kept(v1, CACHE).to(DTYPE), v1)
+        v1 = kept(v1, CACHE).to(DTYPE)
 
     # the new token, taken from registers, begins the sum of the last part, for there it stands
     last = part == num_parts - 1

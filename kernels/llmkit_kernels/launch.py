@@ -64,10 +64,11 @@ def finite(x):
 
 @triton.jit
 def kept(x, CACHE: tl.constexpr):
-    """x as a cache of this dtype keeps it: what float8 has no number for becomes its largest, and NaN stays NaN.
+    """x as a cache of this dtype keeps it: a number beyond float8's becomes its largest; float8 has no infinity, but NaN.
     Reference: `reference.kept`."""
     if tl.float8e4nv == CACHE:
-        x = tl.where(x > 448.0, 448.0, tl.where(x < -448.0, -448.0, x.to(tl.float32)))
+        within = tl.where(x > 448.0, 448.0, tl.where(x < -448.0, -448.0, x.to(tl.float32)))
+        x = tl.where(finite(x), within, float("nan"))
     return x.to(CACHE)
 
 

@@ -57,11 +57,11 @@ def kv_rows(slot_mapping: Tensor, kv_heads: int, block_size: int) -> Tensor:
 
 
 def kept(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x as a cache of this dtype keeps it: what float8 has no number for becomes its largest, and NaN stays NaN."""
-    if dtype in (x.dtype, torch.float32, torch.bfloat16, torch.float16):
+    """x as a cache of this dtype keeps it: a number beyond float8's becomes its largest; float8 has no infinity, but NaN."""
+    if dtype.itemsize > 1 or dtype == x.dtype:
         return x.to(dtype)
     largest = torch.finfo(dtype).max
-    return x.clamp(-largest, largest).to(dtype)
+    return torch.where(x.isinf(), float("nan"), x.clamp(-largest, largest)).to(dtype)
 
 
 def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, rows: Tensor) -> None:

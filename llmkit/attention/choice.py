@@ -69,20 +69,21 @@ def _float8(
     asked: str, device: torch.device, dtype: torch.dtype, model: ModelConfig, block_size: int | None, deterministic: bool
 ) -> Choice:
     """Keys and values in float8 e4m3, which our kernels and plain torch read; flash attention, torch's and its own, does not."""
+    if asked == "flash_attn":
+        raise ConfigError("kv_cache_dtype='fp8' cannot work here: flash_attn does not read float8", "drop one of the two")
     plain = choose(asked, device, dtype, model, block_size, deterministic)
-    why = _no_float8(plain.name, device)
-    if why:
+    if why := _no_float8(plain.name, device):
+        other = " or use attention_backend='torch'" if plain.name == "triton" else ""
         raise ConfigError(f"kv_cache_dtype='fp8' cannot work here: {why}",
-                          "drop the option: the cache then has the model's dtype")  # fmt: skip
+                          f"drop the option, and the cache has the model's dtype;{other}".rstrip(";"))  # fmt: skip
     if plain.paged:
-        plain = Choice("torch", block_size or 16, because="blocks are gathered: varlen_attn does not read float8")
+        because = filter(None, (plain.because, "blocks are gathered: varlen_attn does not read float8"))
+        plain = Choice("torch", block_size or 16, because="; ".join(because))
     return dataclasses.replace(plain, kv_dtype=torch.float8_e4m3fn)
 
 
 def _no_float8(name: str, device: torch.device) -> str:
     """Why this attention cannot read it; empty when it can."""
-    if name == "flash_attn":
-        return "flash_attn does not read float8"
     if name == "torch":
         return "torch has no float8 on mps" if device.type == "mps" else ""
     major, minor = torch.cuda.get_device_capability(device)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmkit.bench import serve_cli, timeline_cli
 from llmkit.bench.engines import OTHERS as ENGINES
-from llmkit.bench.engines import check_installed
+from llmkit.bench.engines import check as check_engines
 from llmkit.bench.flags import check_folders, natural, own_name, positive
 from llmkit.bench.kernels import cli as kernels_cli
 from llmkit.config import DEFAULT_MODEL, DTYPE_NAMES, add_engine_arguments, engine_options
@@ -30,7 +30,7 @@ OWN = ("batch", "input_len", "output_len", "prefill", "num_prompts", "workload",
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the measurements to `llmkit bench`."""
-    parser.set_defaults(measure=lambda args: _suite(args) if args.suite else parser.print_help())
+    parser.set_defaults(measure=lambda args: _suite(args) if args.suite or args.peers else parser.print_help())
     _add_suite(parser)
     commands = parser.add_subparsers(metavar="COMMAND", title="commands")
     _add_throughput(commands)
@@ -46,7 +46,7 @@ def _add_suite(parser: argparse.ArgumentParser) -> None:
     p = parser.add_argument_group("a suite of rows, each beside vLLM's figure and ours to reach")
     p.add_argument("--suite", choices=("h100",), help="models by their shapes, random weights: nothing is downloaded")
     p.add_argument("--rows", metavar="NAMES", help="only these, e.g. A-decode,B-nano (default: all)")
-    p.add_argument("--against", choices=ENGINES, action="append", default=[],
+    p.add_argument("--against", choices=ENGINES, action="append", default=[], dest="peers",
                    help="have this engine, if it is installed, do the same work after llmkit")
     p.add_argument("--budget", type=float, metavar="SECONDS", help="begin nothing that would not end in this time")
     p.add_argument("--repeat", type=positive, default=3, metavar="N", help="runs of each; medians are shown (default: 3)")
@@ -61,15 +61,19 @@ def _suite(args: argparse.Namespace) -> int:
     from llmkit.bench.h100 import FULL, SMALL, Clock, select
     from llmkit.bench.suite import Suite, markdown
 
+    if not args.suite:
+        raise ConfigError(f"--against {args.peers[0]} goes with a suite", "add --suite h100")
     check_folders(args, "json")
-    check_installed(against := tuple(dict.fromkeys(args.against)))
+    options, against = engine_options(args), tuple(dict.fromkeys(args.peers))
+    check_engines(against, options)
     rows = select(args.rows)
     with open(args.json, "w", encoding="utf-8") if args.json else nullcontext() as out:
-        suite = Suite(rows, SMALL if args.tiny else FULL, Clock(args.budget), args.repeat, out, engine_options(args), against)
-        code = suite.run()
-    if args.markdown:
-        print("\n" + markdown(suite.results, suite.device_name, suite.options))
-    return code
+        suite = Suite(rows, SMALL if args.tiny else FULL, Clock(args.budget), args.repeat, out, options, against)
+        try:
+            return suite.run()
+        finally:  # what is there is shown, whatever ended the rest
+            if args.markdown:
+                print("\n" + markdown(suite.results, suite.device_name, suite.options))
 
 
 def run(args: argparse.Namespace) -> int | None:

@@ -1,22 +1,25 @@
 """Whose engine does a suite's work: llmkit's, or that of vLLM, whose words llmkit speaks, so that the same rows measure both.
 
-vLLM runs as its own defaults have it, in the process that it starts for itself; what only llmkit has an option for is not passed.
+vLLM runs as its own defaults have it, in the process that it starts for itself; it is told what llmkit is told.
 """
 
 from __future__ import annotations
 
-import gc
 import importlib
-import importlib.util
+import importlib.metadata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError
 from types import ModuleType
 from typing import Any
 
+import llmkit
+from llmkit.config import EngineConfig
 from llmkit.errors import ConfigError
 
 OURS, OTHERS = "llmkit", ("vllm",)
+LOAD_SECONDS = {"vllm": 90}  # to load an engine, on an H200 with nothing compiled; llmkit's is in its rows' own time
 _SHARED = ("model", "load_format", "skip_tokenizer_init", "max_model_len", "dtype", "kv_cache_dtype", "seed", "enforce_eager",
            "gpu_memory_utilization", "quantization", "enable_prefix_caching", "max_num_seqs",
            "max_num_batched_tokens")  # fmt: skip
@@ -33,23 +36,27 @@ class Loaded:
     itemsizes: tuple[int, int]
 
 
-def check_installed(names: tuple[str, ...]) -> None:
-    """ConfigError where one of these packages is not there."""
+def check(names: tuple[str, ...], options: dict[str, Any]) -> None:
+    """ConfigError where one of these packages is not there, or has no such option: its work would not be the same."""
     for name in names:
-        if importlib.util.find_spec(name) is None:
-            raise ConfigError(f"--against {name}: it is not installed in this environment", f"pip install {name}")
+        try:
+            version(name)
+        except PackageNotFoundError as e:
+            raise ConfigError(f"--against {name}: it is not installed in this environment", f"pip install {name}") from e
+        for option in options:
+            if option not in _SHARED:
+                flag = f"--{option.replace('_', '-')}"
+                raise ConfigError(f"--against {name}: it cannot be told {flag}, so its work would be other", f"drop {flag}")
 
 
 def known_options(name: str, options: dict[str, Any]) -> dict[str, Any]:
-    """Those that the package has, too; llmkit's share of a GPU's memory goes for all."""
-    if name == OURS:
-        return options
-    return {"gpu_memory_utilization": 0.9} | {k: v for k, v in options.items() if k in _SHARED}
+    """As the package is told them: llmkit's share of a GPU's memory goes for all."""
+    return options if name == OURS else {"gpu_memory_utilization": EngineConfig.gpu_memory_utilization} | options
 
 
 def version(name: str) -> str:
     """Of the package."""
-    return importlib.import_module(name).__version__
+    return llmkit.__version__ if name == OURS else importlib.metadata.version(name)
 
 
 @contextmanager
@@ -64,8 +71,6 @@ def load(name: str, options: dict[str, Any]) -> Iterator[Loaded]:
             llm.close()
         else:
             llm.llm_engine.engine_core.shutdown()
-        del llm
-        gc.collect()
 
 
 def _ours(llm: Any, words: ModuleType) -> Loaded:
@@ -76,5 +81,6 @@ def _ours(llm: Any, words: ModuleType) -> Loaded:
 def _vllm(llm: Any, words: ModuleType) -> Loaded:
     config = llm.llm_engine.vllm_config
     size = config.model_config.dtype.itemsize
-    narrow = str(config.cache_config.cache_dtype).startswith("fp8")
-    return Loaded(llm, words, config.scheduler_config.max_num_seqs, (size, 1 if narrow else size))
+    weight = 1 if config.model_config.quantization == "fp8" else size
+    key = 1 if str(config.cache_config.cache_dtype).startswith("fp8") else size
+    return Loaded(llm, words, config.scheduler_config.max_num_seqs, (weight, key))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import tempfile
 import traceback
@@ -11,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from llmkit.bench.engines import OURS, known_options, load, version
+from llmkit.bench.engines import LOAD_SECONDS, OURS, known_options, load, version
 from llmkit.bench.h100 import FULL, Bench, Clock, Fresh, Row, Scale
 from llmkit.errors import ConfigError
 
@@ -69,7 +70,7 @@ class Suite:
 
     def _measure(self, package: str, rows: list[Row], place: Path, ceilings: Ceilings, machine: Machine) -> None:
         """All rows of one engine of one package's."""
-        rows = [row for row in rows if self._in_time(package, row)]
+        rows = [row for row in rows if self._in_time(package, row, LOAD_SECONDS.get(package, 0))]
         if not rows:
             return
         model, _, rest = rows[0].engine.partition("@")
@@ -105,11 +106,12 @@ class Suite:
             cost = ModelCost.of(ModelConfig.from_dict(config), *engine.itemsizes)
             limits = Limits(cost, ceilings.read, ceilings.matmul)
             yield Bench(engine, config, self.scale, limits, self.clock, self.repeat)
+        gc.collect()
 
-    def _in_time(self, package: str, row: Row) -> bool:
-        if self.clock.left >= (row.seconds if self.scale is FULL else 0):
+    def _in_time(self, package: str, row: Row, load: float = 0) -> bool:
+        if self.clock.left >= (row.seconds + load if self.scale is FULL else 0):
             return True
-        left = f"{max(0, self.clock.left):.0f} s are left, it takes about {row.seconds:.0f}"
+        left = f"{max(0, self.clock.left):.0f} s are left, it takes about {row.seconds + load:.0f}"
         self._keep(package, row, {"skipped": f"--budget: {left}"})
         return False
 

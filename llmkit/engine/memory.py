@@ -70,7 +70,7 @@ class MemoryPlan:
         return [
             f"a shorter context: max_model_len={shorter} needs {need:.2f} GiB a request",
             f"fewer at once: max_num_seqs={max(1, self.max_num_seqs // 2)}",
-            "a smaller or quantised model, dtype='bfloat16', or kv_cache_dtype='fp8'",
+            "a smaller or quantised model, or dtype='bfloat16'",
         ]
 
     def __str__(self) -> str:

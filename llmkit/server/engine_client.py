@@ -26,6 +26,7 @@ class EngineFacts:
     hidden_size: int
     dtype: str
     runs_on: str
+    kv_cache_dtype: str = "auto"
     defaults: dict[str, Any] = field(default_factory=dict)
 
 

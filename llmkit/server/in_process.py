@@ -63,5 +63,5 @@ def facts_of(llm: LLM) -> EngineFacts:
         model=started.config.model, folder=str(started.folder), max_model_len=plan.max_model_len, max_num_seqs=plan.max_num_seqs,
         vocab_size=started.model_config.vocab_size, hidden_size=started.model_config.hidden_size,
         dtype=str(dtype).removeprefix("torch."), runs_on=str(started.report.facts["runs on"]),
-        defaults=dict(started.generation_config),
+        kv_cache_dtype=started.config.kv_cache_dtype, defaults=dict(started.generation_config),
     )  # fmt: skip

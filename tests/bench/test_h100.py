@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import sys
 
 import pytest
 
@@ -87,15 +88,14 @@ from types import SimpleNamespace as Thing
 import torch
 from llmkit import LLM as Ours, SamplingParams
 
-__version__ = "0.26"
 closed = []
 
 
 class LLM:
     def __init__(self, **options):
-        self.ours = Ours(device="cpu", **options)
+        self.ours = Ours(**options)
         self.llm_engine = Thing(
-            vllm_config=Thing(scheduler_config=Thing(max_num_seqs=8), model_config=Thing(dtype=torch.float32),
+            vllm_config=Thing(scheduler_config=Thing(max_num_seqs=8), model_config=Thing(dtype=torch.float32, quantization=None),
                               cache_config=Thing(cache_dtype="auto")),
             engine_core=Thing(shutdown=self.close))
 
@@ -107,9 +107,17 @@ class LLM:
 """
 
 
+def pretend_vllm(place, monkeypatch, code: str = OTHER) -> None:
+    (place / "vllm.py").write_text(code)
+    (place / "vllm-0.26.dist-info").mkdir()
+    (place / "vllm-0.26.dist-info/METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.26\n")
+    monkeypatch.syspath_prepend(place)
+    monkeypatch.setitem(sys.modules, "vllm", None)  # so that it is taken out again
+    monkeypatch.delitem(sys.modules, "vllm")
+
+
 def test_another_engine_does_the_same_work(tmp_path, monkeypatch, capsys):
-    (tmp_path / "vllm.py").write_text(OTHER)
-    monkeypatch.syspath_prepend(tmp_path)
+    pretend_vllm(tmp_path, monkeypatch)
     asked: dict[str, list] = {"llmkit": [], "vllm": []}
     run = Bench.run
 
@@ -119,7 +127,7 @@ def test_another_engine_does_the_same_work(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(Bench, "run", noting)
     names, file = ["A-decode-8", "A-nano", "A-prefix-warm", "B-decode-1", "A-ready-cold", "A-memory"], tmp_path / "out.jsonl"
-    flags = ["--tiny", "--repeat", "1", "--device", "cpu", "--rows", ",".join(names), "--json", str(file), "--markdown"]
+    flags = ["--tiny", "--repeat", "1", "--rows", ",".join(names), "--json", str(file), "--markdown"]
     assert cli.main(["bench", "--suite", "h100", "--against", "vllm", *flags]) == 0
     _, *rows = (json.loads(x) for x in file.read_text().splitlines())
     assert [(r["package"], r["name"]) for r in rows] == [(p, n) for p in ("llmkit", "vllm") for n in names]
@@ -134,16 +142,31 @@ def test_another_engine_does_the_same_work(tmp_path, monkeypatch, capsys):
     assert len(vllm.closed) == 3  # those of this process: A, A with a longer context, B
 
 
-def test_another_engine_must_be_there(monkeypatch, capsys):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert cli.main(["bench", "--suite", "h100", "--against", "vllm"]) != 0
+def test_another_engine_must_be_there_and_be_told_the_same(tmp_path, monkeypatch, capsys):
+    suite_of = ["bench", "--suite", "h100", "--against", "vllm"]
+    assert cli.main(suite_of) != 0
     assert "--against vllm: it is not installed" in capsys.readouterr().err
+    pretend_vllm(tmp_path, monkeypatch)
+    assert cli.main([*suite_of, "--deterministic"]) != 0
+    assert "--against vllm: it cannot be told --deterministic" in capsys.readouterr().err
+    assert cli.main(["bench", "--against", "vllm"]) != 0
+    assert "add --suite h100" in capsys.readouterr().err
 
 
-def test_what_only_llmkit_knows_is_not_passed_on():
-    given = {"model": "x", "deterministic": True, "max_model_len": 4096}
+def test_another_engine_that_cannot_be_had_leaves_what_was_measured(tmp_path, monkeypatch, capsys):
+    pretend_vllm(tmp_path, monkeypatch, "raise RuntimeError('no such symbol')")
+    flags = ["--tiny", "--repeat", "1", "--rows", "B-decode-1", "--markdown"]
+    assert cli.main(["bench", "--suite", "h100", "--against", "vllm", *flags]) == 1
+    out = capsys.readouterr().out
+    assert "broke: RuntimeError: no such symbol" in out
+    assert f"h100: B-decode-1, decode, batch 1, llmkit {llmkit.__version__} |" in out
+
+
+def test_all_are_told_the_same():
+    given = {"model": "x", "max_model_len": 4096}
     assert known_options("llmkit", given) == given
-    assert known_options("vllm", given) == {"model": "x", "max_model_len": 4096, "gpu_memory_utilization": 0.9}
+    assert known_options("vllm", given) == given | {"gpu_memory_utilization": 0.9}
+    assert known_options("vllm", given | {"gpu_memory_utilization": 0.5})["gpu_memory_utilization"] == 0.5
 
 
 def test_how_many_times_as_fast():

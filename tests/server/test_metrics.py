@@ -311,3 +311,11 @@ def test_embeddings_count_as_requests(engine):
     found = scrape(engine)
     assert found.value("vllm:request_success_total", finished_reason="stop") == 2
     assert found.value("vllm:prompt_tokens_total") == 80
+
+
+@pytest.mark.parametrize("kept", ["auto", "fp8"])
+def test_the_caches_dtype_is_told(dummy_folder: Path, kept: str) -> None:
+    with LLM(dummy_folder, load_format="dummy", dtype="float32", max_model_len=256, kv_cache_dtype=kept) as llm:
+        lines = [x for x in exposition(InProcessEngine(llm), ServerOptions()) if x.startswith("vllm:cache_config_info{")]
+    assert len(lines) == 1
+    assert f'cache_dtype="{kept}"' in lines[0]

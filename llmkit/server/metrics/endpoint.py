@@ -154,7 +154,7 @@ def exposition(engine: EngineClient, options: ServerOptions) -> Iterator[str]:
     stats, name = engine.stats() if engine.healthy else {}, _model_name(engine, options)
     if name is not None:
         labels = {"model_name": name, "engine": "0"}
-        yield from _engine_lines(stats, labels) if stats else ()
+        yield from _engine_lines(stats, labels, engine.facts.kv_cache_dtype) if stats else ()
         yield from _end_lines(engine, labels)
         own: Metrics | None = getattr(engine, "metrics", None)
         yield from own.lines(labels, engine.facts.max_model_len if engine.healthy else math.inf) if own is not None else ()
@@ -169,7 +169,7 @@ def _model_name(engine: EngineClient, options: ServerOptions) -> str | None:
     return engine.facts.model if engine.healthy else None
 
 
-def _engine_lines(stats: Mapping[str, Any], labels: Mapping[str, str]) -> Iterator[str]:
+def _engine_lines(stats: Mapping[str, Any], labels: Mapping[str, str], kv_cache_dtype: str) -> Iterator[str]:
     for name, (kind, help, value) in ENGINE.items():
         yield from head(name, kind, help)
         yield sample(name, labels, value(stats))
@@ -177,7 +177,7 @@ def _engine_lines(stats: Mapping[str, Any], labels: Mapping[str, str]) -> Iterat
     yield from histogram_lines("vllm:iteration_tokens_total", labels, _STEP, _by_step(stats), stats["step_tokens"])
     yield from head("vllm:cache_config_info", "gauge", "How the KV cache is laid out.")
     cache = {"block_size": str(stats["kv_block_size"]), "num_gpu_blocks": str(stats["kv_blocks_total"])}
-    yield sample("vllm:cache_config_info", {**labels, **cache, "cache_dtype": "auto"}, 1)
+    yield sample("vllm:cache_config_info", {**labels, **cache, "cache_dtype": kv_cache_dtype}, 1)
 
 
 def _end_lines(engine: EngineClient, labels: Mapping[str, str]) -> Iterator[str]:

@@ -416,6 +416,7 @@ def _facts(started: Started, name: str) -> dict[str, Any]:
         "max_num_seqs": engine.plan.max_num_seqs, "vocab_size": model.vocab_size, "hidden_size": model.hidden_size,
         "dtype": str(engine.model.embedding.weight.dtype).removeprefix("torch."),
         "runs_on": started.report.facts["runs on"], "defaults": started.generation_config,
+        "kv_cache_dtype": started.config.kv_cache_dtype,
     }  # fmt: skip
 
 
