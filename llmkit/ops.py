@@ -66,7 +66,7 @@ def gate_up_silu(
     where our GPU kernels read it, in `pairs` of one gate and one up row."""
     if not pairs:
         return lambda x: silu_mul(run(x))
-    from llmkit_kernels import activation, gemm
+    from llmkit_kernels import activation, band_gemm, gemm
     from llmkit_kernels.prepared import PreparedWeight
 
     if bias is not None or weight is None:
@@ -74,7 +74,8 @@ def gate_up_silu(
     kernels = PreparedWeight(weight)
 
     def compute(x: Tensor) -> Tensor:
-        if 64 < len(x) <= gemm.MOST_TOKENS:  # ours lives on the kernels around it being ours, too: see `FusedForward`
+        if 64 < len(x) <= gemm.MOST_TOKENS and not band_gemm.plan(*kernels.weight.shape, len(x)):
+            # ours for so few lives on the kernels around it being ours, too: see `FusedForward`
             return activation.silu_mul_pairs(run(x))
         return gemm.gate_up_silu(x, kernels)
 

@@ -5,7 +5,7 @@ Shapes as in reference.py: caches [num_blocks, G, block_size, D]; a block table 
 Query heads that share a key head are rows of one tile, so a key is read once for all of them. A sequence's keys are cut into
 parts, so that few sequences fill the GPU (Flash-Decoding); whoever finishes the last part of a head adds them up, always in the
 same order. Programs start in the order of the batch: with the longest sequences first, none keeps the GPU waiting at the end.
-Caches may be float8, half the bytes; what is read from them is computed in the dtype of the queries.
+Caches may be float8, half the bytes; what is read from them is multiplied in float16, by a GPU.
 """
 
 from __future__ import annotations
@@ -59,6 +59,13 @@ def _finish_pair(
         c, s = cos.to(tl.float32)[None, :], sin.to(tl.float32)[None, :]
         a, b = a * c - b * s, b * c + a * s
     return a.to(DTYPE), b.to(DTYPE)
+
+
+@triton.jit
+def _in_float16(x):
+    """Its largest number in place of larger ones; a NaN stays one."""
+    x = x.to(tl.float32)
+    return tl.where(x > 65504.0, 65504.0, tl.where(x < -65504.0, -65504.0, x)).to(tl.float16)
 
 
 @triton.jit
@@ -135,6 +142,8 @@ def _decode_part(
 ):  # fmt: skip
     DTYPE: tl.constexpr = out.dtype.element_ty
     CACHE: tl.constexpr = k_cache.dtype.element_ty
+    # of products: float8 is one instruction from float16, which has all its numbers, and several from bfloat16
+    WIDE: tl.constexpr = tl.float16 if tl.float8e4nv == CACHE and tl.bfloat16 == DTYPE else DTYPE
     SHARE: tl.constexpr = H // G
     rows, halves, dims, keys = tl.arange(0, ROWS), tl.arange(0, D // 2), tl.arange(0, D), tl.arange(0, KEYS)
     mine = rows < SHARE
@@ -175,6 +184,8 @@ def _decode_part(
         tl.store(k_cache + row1 + D // 2 + halves[None, :], tl.where(broken, float("nan"), kb1).to(CACHE))
         tl.store(v_cache + row1 + dims, tl.where(finite(v1), v1, 0.0).to(CACHE))
 
+    if WIDE != DTYPE:
+        qa, qb = _in_float16(qa), _in_float16(qb)
     hi = tl.minimum(lo + per_part * KEYS, position)
     if AHEAD:  # a tile's block is looked up while the tile before it is computed, so that its keys can be sent for early
         near = tl.load(table + lo // BLOCK_SIZE)
@@ -193,8 +204,8 @@ def _decode_part(
             there = tl.load(table + key // BLOCK_SIZE, mask=seen, other=0).to(tl.int64)
             row = ((there * G + g) * BLOCK_SIZE + key % BLOCK_SIZE) * D
         # with masks, for half a tile of each sequence, on average, is nobody's
-        ka = tl.load(k_cache + row[:, None] + halves[None, :], mask=seen[:, None], other=0.0).to(DTYPE)
-        kb = tl.load(k_cache + row[:, None] + D // 2 + halves[None, :], mask=seen[:, None], other=0.0).to(DTYPE)
+        ka = tl.load(k_cache + row[:, None] + halves[None, :], mask=seen[:, None], other=0.0).to(WIDE)
+        kb = tl.load(k_cache + row[:, None] + D // 2 + halves[None, :], mask=seen[:, None], other=0.0).to(WIDE)
         scores = tl.dot(qa, tl.trans(ka))
         scores = log2_scores(tl.dot(qb, tl.trans(kb), scores), scale, CAP)
         scores = tl.where(seen[None, :], scores, -float("inf"))
@@ -202,9 +213,9 @@ def _decode_part(
         safe = tl.where(new_high == -float("inf"), 0.0, new_high)
         weights = tl.exp2(scores - safe[:, None])
         fade = tl.exp2(high - safe)
-        v = tl.load(v_cache + row[:, None] + dims[None, :], mask=seen[:, None], other=0.0).to(DTYPE)
+        v = tl.load(v_cache + row[:, None] + dims[None, :], mask=seen[:, None], other=0.0).to(WIDE)
         acc = acc * fade[:, None]
-        acc = tl.dot(weights.to(DTYPE), v, acc)
+        acc = tl.dot(weights.to(WIDE), v, acc)
         total = total * fade + tl.sum(weights, axis=1)
         high = new_high
 

@@ -7,10 +7,12 @@ tokens, if only K is cut at the same places, which here depend on the weight alo
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
-from llmkit_kernels import gemm, wide_gemm
+from llmkit_kernels import band_gemm, gemm, wide_gemm
 from llmkit_kernels.gemm import MOST_TOKENS, Tile
 from llmkit_kernels.launch import is_hopper
 from llmkit_kernels.prepared import PreparedWeight
@@ -19,17 +21,15 @@ from llmkit_kernels.wide_gemm import WideTile
 
 def splits_of(n: int, k: int) -> int:
     """Parts that K is cut into: more where few rows alone would not fill the GPU at one token."""
-    wanted = 1 if n >= 16384 else 4 if k >= 8192 or n <= 2048 else 2
-    while wanted > 1 and k % (128 * wanted):
-        wanted //= 2
-    return wanted
+    wanted = 1 if n >= 16384 else gemm.plan_deep(n, MOST_TOKENS).splits if gemm.is_deep(n, k) else 4 if n <= 2048 else 2
+    return next((splits for splits in range(wanted, 1, -1) if k % (128 * splits) == 0), 1)
 
 
 def _few(n: int, k: int, m: int, splits: int) -> Tile:
     """At most 128 tokens, as `gemm.plan` would have it."""
     part = k // splits
-    if m > 64 and k >= 8192 and part % 128 == 0:
-        return Tile(128, 128, 8, 3, splits)
+    if m > 32 and gemm.is_deep(n, k) and part % 128 == 0:
+        return replace(gemm.plan_deep(n, m), splits=splits)
     block_k = 128 if m <= 64 and part % 128 == 0 else 64 if part % 64 == 0 else 32
     stages = 4 if m <= 16 else 6 if m <= 32 else 3 if m <= 64 or n >= 16384 else 6 if n <= 4096 else 4
     return Tile(64, block_k, 4, stages, splits)
@@ -57,6 +57,8 @@ def product(x: Tensor, w: PreparedWeight) -> Tensor:
 def gate_up_silu(x: Tensor, w: PreparedWeight) -> Tensor:
     """As `gemm.gate_up_silu`."""
     (m, k), n = x.shape, w.weight.shape[0]
+    if band := band_gemm.plan(n, k, m):
+        return band_gemm.gate_up_silu(x, w, band)
     if m <= MOST_TOKENS:
         return gemm.gate_up_silu(x, w, tile=_few(n, k, m, 1))
     return wide_gemm.gate_up_silu(x, w, _many(True, 1, m))
@@ -68,5 +70,9 @@ def logits(x: Tensor, w: PreparedWeight, out: Tensor | None = None) -> Tensor:
     out = torch.empty(m, n, dtype=torch.float32, device=x.device) if out is None else out
     for first in range(0, m, MOST_TOKENS):
         part = x[first : first + MOST_TOKENS]
-        gemm.partial_products(part, w, out[None, first : first + len(part)], _few(n, k, len(part), 1))
+        there = out[None, first : first + len(part)]
+        if band := band_gemm.plan(n, k, len(part)):
+            band_gemm.partial_products(part, w, band, there)
+        else:
+            gemm.partial_products(part, w, there, _few(n, k, len(part), 1))
     return out

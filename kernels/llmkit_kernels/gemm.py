@@ -17,11 +17,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from llmkit_kernels import activation, wide_gemm
-from llmkit_kernels.launch import begin, cdiv, descriptor, pdl, shared_memory, stages_that_fit, widest
+from llmkit_kernels import activation, band_gemm, wide_gemm
+from llmkit_kernels.launch import begin, cdiv, descriptor, num_sms, pdl, shared_memory, stages_that_fit, widest
 from llmkit_kernels.prepared import PreparedWeight
 
 MOST_TOKENS = 128  # of one tile; further ones are further programs
+MOST_OF_HEAD = 64  # tokens whose logits are computed sooner here than by cuBLAS
 _SMALL = 16 << 20  # bytes of a weight whose read is over before the launch of its kernel is
 
 
@@ -65,12 +66,12 @@ def plan(n: int, k: int, m: int) -> Tile:
     block_k = 128 if k % 128 == 0 else 64 if k % 64 == 0 else 32
     if m <= 32 and k % 512 == 0 and 2 * n * k <= _SMALL:
         return Tile(64, 512, 4, 1, k // 512)
+    if m > 32 and is_deep(n, k):
+        return plan_deep(n, m)
     if m > 64:
         return _plan_many(n, k, m, min(64, block_k))
     if n >= 16384:
         return Tile(64, block_k, 4, 4 if m <= 16 else 6 if m <= 32 else 3)
-    if k >= 8192 and m > 32:
-        return Tile(64, block_k, 4, 3, 4)
     if k >= 8192:
         return Tile(64, 256, 4, 3, 2) if m > 16 and k % 256 == 0 else Tile(64, block_k, 4, 6, 2)
     splits = 4 if 1 < m <= 16 and n <= 4096 else 2
@@ -82,12 +83,24 @@ def plan(n: int, k: int, m: int) -> Tile:
     return Tile(64, block_k, 4, stages, max(1, min(splits, k // (4 * block_k))))
 
 
+def is_deep(n: int, k: int) -> bool:
+    """Whether a weight [n, k] has so many columns and so few rows that K has to be divided."""
+    return k >= 8192 and n < 16384
+
+
+def plan_deep(n: int, m: int) -> Tile:
+    """More than 32 tokens and a deep weight of n rows: as many programs as the GPU's multiprocessors can take at once, of 64
+    rows or, if that makes more of them, of 128."""
+    splits = {rows: max(1, min(5, num_sms() // cdiv(n, rows))) for rows in (64, 128)}
+    if cdiv(n, 64) * splits[64] >= cdiv(n, 128) * splits[128]:
+        return Tile(64, 128, 4, 4 if m > 64 else 6, splits[64])
+    return Tile(128, 64, 4, 6, splits[128]) if m > 64 else Tile(128, 128, 4, 3, splits[128])
+
+
 def _plan_many(n: int, k: int, m: int, block_k: int) -> Tile:
     """More than 64 tokens."""
     if n >= 16384:
         return Tile(64, block_k, 4, 3)
-    if k >= 8192:
-        return Tile(128, 128, 8, 3, 4) if k % 128 == 0 else Tile(64, block_k, 4, 4, 4)
     if 2 * n * k <= _SMALL and m <= 192 and k % 512 == 0:
         return Tile(64, 128, 4, 3, 2 if n > 2048 else 4)
     if 2 * n * k <= _SMALL:
@@ -228,6 +241,8 @@ def _launch(x: Tensor, w: PreparedWeight, out: Tensor, tile: Tile, silu: bool) -
 def partial_products(x: Tensor, w: PreparedWeight, out: Tensor | None = None, tile: Tile | None = None) -> Tensor:
     """x [M, K] · W [N, K]ᵀ as fp32 partial results [S, M, N], whose sum over S is the product."""
     (m, k), n = x.shape, w.weight.shape[0]
+    if tile is None and (band := band_gemm.plan_parts(n, k, m)):
+        return band_gemm.partial_products(x, w, band, out)
     tile = tile or plan(n, k, m)
     out = torch.empty(tile.splits, m, n, dtype=torch.float32, device=x.device) if out is None else out
     return _launch(x, w, out, tile, silu=False)
@@ -238,6 +253,8 @@ def gate_up_silu(x: Tensor, w: PreparedWeight, out: Tensor | None = None, tile: 
     (m, k), n = x.shape, w.weight.shape[0]
     if m > MOST_TOKENS and tile is None:
         return _gate_up_silu_many(x, w, out)
+    if tile is None and (band := band_gemm.plan(n, k, m)):
+        return band_gemm.gate_up_silu(x, w, band, out)
     out = torch.empty(m, n // 2, dtype=x.dtype, device=x.device) if out is None else out
     small = m <= 32 and k in (512, 1024) and k <= widest() and 2 * n * k <= _SMALL
     if small and tile is None:

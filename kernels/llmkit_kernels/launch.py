@@ -80,6 +80,15 @@ def num_sms() -> int:
     return torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
 
 
+@functools.cache
+def memory_speed() -> float:
+    """Bytes a second for which the GPU's memory is built: 3.35e12 on an H100, 4.8e12 on an H200; without a GPU, an H100's."""
+    if not torch.cuda.is_available():
+        return 3.35e12
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return 2e3 * properties.memory_clock_rate * properties.memory_bus_width / 8
+
+
 def cdiv(n: int, of: int) -> int:
     """n / of, rounded up. (Triton's own function of this name costs the host microseconds a call.)"""
     return -(-n // of)

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from llmkit_kernels.launch import cdiv, descriptor, is_hopper, num_sms
+from llmkit_kernels.launch import cdiv, descriptor, is_hopper, memory_speed, num_sms
 from llmkit_kernels.prepared import PreparedWeight
 
 _TOGETHER = 8  # tiles of tokens that take the same rows of the weight one after the other
@@ -44,7 +44,7 @@ def plan(n: int, k: int, m: int) -> WideTile | None:
         return None
     if m <= 192:
         return WideTile(64, 256, 64, 4, 4)
-    if m <= 256:
+    if m <= 256 and memory_speed() < 4e12:  # an H200 feeds cuBLAS better
         return WideTile(128, 128, 64, 8, 6)
     if m < 448:
         return None
@@ -54,7 +54,7 @@ def plan(n: int, k: int, m: int) -> WideTile | None:
 
 
 @triton.jit
-def _load(x, desc, row, k, ROWS, K, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, TMA: tl.constexpr):
+def load(x, desc, row, k, ROWS, K, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, TMA: tl.constexpr):
     """[BLOCK, BLOCK_K] of x [ROWS, K] from (row, k) on; zeros outside."""
     if TMA:
         tile = desc.load([row, k])
@@ -72,8 +72,8 @@ def _accumulate(
     """[BLOCK_M, BLOCK_N]: the product's part of columns first..end."""
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for k in range(first, end, BLOCK_K):
-        hidden = _load(x, x_desc, token, k, M, K, BLOCK_M, BLOCK_K, TMA)
-        acc = tl.dot(hidden, tl.trans(_load(w, w_desc, row, k, N, K, BLOCK_N, BLOCK_K, TMA)), acc)
+        hidden = load(x, x_desc, token, k, M, K, BLOCK_M, BLOCK_K, TMA)
+        acc = tl.dot(hidden, tl.trans(load(w, w_desc, row, k, N, K, BLOCK_N, BLOCK_K, TMA)), acc)
     return acc
 
 

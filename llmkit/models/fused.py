@@ -72,7 +72,7 @@ class FusedForward:
 
     def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
         """hidden [R, hidden] -> fp32 [R, vocabulary]."""
-        return gemm.logits(hidden, self.head, out) if len(hidden) <= gemm.MOST_TOKENS else self.model.logits(hidden, out)
+        return gemm.logits(hidden, self.head, out) if len(hidden) <= gemm.MOST_OF_HEAD else self.model.logits(hidden, out)
 
     def _layers(self, tokens: Tensor, rows: Tensor | None, attend: Attend) -> Tensor:
         first = self.layers[0][0].input_norm

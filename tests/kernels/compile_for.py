@@ -15,6 +15,7 @@ from unittest import mock
 import torch
 from llmkit_kernels import (
     activation,
+    band_gemm,
     decode_attention,
     filters,
     fixed_attention,
@@ -62,7 +63,7 @@ def pretend(found: dict[str, int]) -> None:
         found[self.__name__] = max(found.get(self.__name__, 0), kernel.metadata.shared)
 
     JITFunction.run = run
-    for module in (launch, decode_attention, fixed_attention, gemm, prefill_attention, prepared, sampling, wide_gemm):
+    for module in (launch, band_gemm, decode_attention, fixed_attention, gemm, prefill_attention, prepared, sampling, wide_gemm):
         for name, value in (("is_hopper", LIMITS[ARCHITECTURE] > 200_000), ("shared_memory", LIMITS[ARCHITECTURE]),
                             ("capability", ARCHITECTURE // 10)):  # fmt: skip
             if hasattr(module, name):
@@ -85,6 +86,9 @@ def products() -> None:
         for m in (180, 256, 500, 1000, 5000):
             tile = wide_gemm.plan(n, k, m) or wide_gemm.WideTile(64, 128, 32, 4, 3)
             wide_gemm.gate_up_silu(empty(m, k), PreparedWeight(empty(n, k)), tile)
+    for n, k, m in itertools.product((37888, 28672, 24576), (4096,), (48, 128)):
+        band = band_gemm.plan(n, k, m) or band_gemm.Band(64, 64, 16, 32, 4, 2)
+        band_gemm.gate_up_silu(empty(m, k), PreparedWeight(empty(n, k)), band)
     for n, k in ((4608, 3584), (3584, 18944), (4096, 1024), (32000, 1024)):
         for m in (1, 32, 64, 128, 200, 5000):
             fixed_gemm.product(empty(m, k), PreparedWeight(empty(n, k)))

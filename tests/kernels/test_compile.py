@@ -13,12 +13,12 @@ import pytest
 pytest.importorskip("triton", reason="triton comes with torch's CUDA builds; without it there are no kernels to test")
 
 import torch
-from llmkit_kernels import gemm
+from llmkit_kernels import band_gemm, gemm
 from llmkit_kernels.prepared import PreparedWeight
 
-KERNELS = {"_product", "_product_1", "_gate_up_silu_1", "_wide_product", "_silu_mul_pairs", "_decode", "_prefill",
-           "_fixed_decode", "_fixed_prefill", "_rope_cache", "_add_rms_norm", "_embed_rms_norm", "_best_of_part", "_best_of_all",
-           "_begin_counting", "_count_bins", "_settle", "_penalise", "_count_said"}  # fmt: skip
+KERNELS = {"_product", "_product_1", "_band_product", "_gate_up_silu_1", "_wide_product", "_silu_mul_pairs", "_decode",
+           "_prefill", "_fixed_decode", "_fixed_prefill", "_rope_cache", "_add_rms_norm", "_embed_rms_norm", "_best_of_part",
+           "_best_of_all", "_begin_counting", "_count_bins", "_settle", "_penalise", "_count_said"}  # fmt: skip
 
 
 LIMITS = {89: 101_376, 90: 232_448, 100: 232_448}  # Ada, Hopper, Blackwell
@@ -60,3 +60,34 @@ def test_on_a_hopper_every_planned_tile_is_taken_as_it_is(monkeypatch):
             if m > gemm.MOST_TOKENS and not gemm.beats_cublas(PreparedWeight(torch.empty(n, k, device="meta")), m):
                 continue  # nobody takes this one
             assert gemm.fitting.__wrapped__(tile, sum(gemm.token_tiles(m)), 2) == tile
+
+
+@pytest.mark.parametrize(
+    ("n", "k", "m", "band"),
+    [(37888, 3584, 128, (288, 1)), (37888, 3584, 40, (288, 1)), (28672, 4096, 100, (256, 1)), (24576, 4096, 64, (192, 1)),
+     (16384, 2048, 65, (192, 1)), (16384, 2048, 64, None), (37888, 3584, 32, None), (37888, 3584, 129, None),
+     (3584, 3584, 128, None), (37888, 3580, 128, None)],
+)  # fmt: skip
+def test_on_a_hopper_multiprocessors_share_a_big_weight_out(monkeypatch, n, k, m, band):
+    monkeypatch.setattr(band_gemm, "is_hopper", lambda: True)
+    found = band_gemm.plan.__wrapped__(n, k, m)
+    assert (found and (found.rows, found.splits)) == band
+
+
+@pytest.mark.parametrize(
+    ("n", "k", "m", "band"),
+    [(4608, 3584, 1, (144, 4)), (6144, 4096, 64, (192, 4)), (9216, 3072, 32, (144, 2)), (3584, 3584, 32, None),
+     (4608, 3584, 65, None), (4096, 1024, 32, None), (3584, 18944, 32, None)],
+)  # fmt: skip
+def test_on_a_hopper_they_share_a_smaller_one_in_parts(monkeypatch, n, k, m, band):
+    monkeypatch.setattr(band_gemm, "is_hopper", lambda: True)
+    found = band_gemm.plan_parts.__wrapped__(n, k, m)
+    assert (found and (found.rows, found.splits)) == band
+
+
+@pytest.mark.parametrize(
+    ("n", "tile"), [(3584, (64, 2)), (4096, (64, 2)), (5120, (128, 3)), (2560, (64, 3)), (2048, (64, 4)), (8192, (64, 1))]
+)
+def test_a_deep_weight_fills_one_round(n, tile):
+    for m in (33, 64, 65, 128):
+        assert (gemm.plan_deep(n, m).block_n, gemm.plan_deep(n, m).splits) == tile

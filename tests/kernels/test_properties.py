@@ -3,7 +3,7 @@ before; beside it, and in cache blocks of others, nothing may change. Without a 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -31,6 +31,7 @@ from kernel_cases import (
 )
 from llmkit_kernels import (
     activation,
+    band_gemm,
     decode_attention,
     fixed_gemm,
     gemm,
@@ -40,6 +41,7 @@ from llmkit_kernels import (
     rope_cache,
     wide_gemm,
 )
+from llmkit_kernels.launch import shared_memory
 from llmkit_kernels.prepared import PreparedWeight
 
 # The kernels' own dtypes; Triton's interpreter has no products of bfloat16, and on a GPU those of fp32 are TF32's.
@@ -349,7 +351,18 @@ COLUMNS = st.one_of(st.integers(1, 200), st.sampled_from([64, 128, 512, 1024]))
 ROWS = st.one_of(st.integers(1, 150), st.sampled_from([64, 128, 256]))
 SIDES = st.sampled_from([32, 64, 128])
 TILES = st.builds(gemm.Tile, SIDES, SIDES, st.just(4), st.integers(1, 4), st.integers(1, 4))
-WIDE_TILES = st.builds(wide_gemm.WideTile, st.sampled_from([64, 128]), SIDES, SIDES, st.just(4), st.integers(1, 4))
+WIDE_TILES = st.builds(wide_gemm.WideTile, st.sampled_from([64, 128]), SIDES, SIDES, st.just(4), st.integers(1, 4)).filter(
+    lambda t: in_shared_memory(t.block_m, t.block_n, t.block_k, t.stages)
+)
+BANDS = st.builds(
+    band_gemm.Band, st.sampled_from([64, 128]), st.sampled_from([64, 128]), st.sampled_from([0, 16, 32, 64]), SIDES, st.just(4),
+    st.integers(2, 4), st.integers(1, 4),
+).filter(lambda b: in_shared_memory(b.tokens, b.rows, b.block_k, b.stages))  # fmt: skip
+
+
+def in_shared_memory(tokens: int, rows: int, columns: int, stages: int) -> bool:
+    """Whether tiles of half precision fit, and a result of fp32 beside them."""
+    return 2 * stages * columns * (tokens + rows) + 4 * tokens * rows <= shared_memory()
 
 
 @dataclass
@@ -399,6 +412,18 @@ def test_wide_product(case: Product, splits: int, tile: wide_gemm.WideTile) -> N
     with guarded_allocations():
         got = wide_gemm.product(x, PreparedWeight(w), tile, splits)
     near(got, want, case.dtype)
+
+
+@examples(20)
+@given(products(ROWS.map(lambda n: 2 * n)), BANDS)
+def test_bands(case: Product, band: band_gemm.Band) -> None:
+    x, w, want = case.tensors()
+    weight = PreparedWeight(w)
+    with guarded_allocations():
+        parts = band_gemm.partial_products(x, weight, band)
+        activated = band_gemm.gate_up_silu(x, weight, replace(band, splits=1))
+    near(parts.sum(0), want, case.dtype)
+    near(activated, silu_mul(want), case.dtype)
 
 
 @examples(25)

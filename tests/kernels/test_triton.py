@@ -11,7 +11,18 @@ pytest.importorskip("triton", reason="triton comes with torch's CUDA builds; wit
 import triton
 import triton.language as tl
 from kernel_cases import DEVICE, DTYPE, attend, cache_of, close, normal, poisoned, rotary, slots_of, unfused
-from llmkit_kernels import activation, decode_attention, gemm, norm, prefill_attention, reference, rope_cache, sampling, wide_gemm
+from llmkit_kernels import (
+    activation,
+    band_gemm,
+    decode_attention,
+    gemm,
+    norm,
+    prefill_attention,
+    reference,
+    rope_cache,
+    sampling,
+    wide_gemm,
+)
 from llmkit_kernels.prepared import PreparedWeight
 from llmkit_kernels.soft_cap import log2_scores
 
@@ -68,6 +79,19 @@ def test_gate_up_silu_of_many(m: int, n: int, k: int, tile: wide_gemm.WideTile) 
     x, w = normal(m, k), normal(n, k, scale=k**-0.5)
     gate, up = (x.double() @ w.double().T).unflatten(1, (-1, 2)).unbind(2)
     close(wide_gemm.gate_up_silu(x, PreparedWeight(w), tile, poisoned(m, n // 2)), torch.nn.functional.silu(gate) * up)
+
+
+@pytest.mark.parametrize("band", [band_gemm.Band(64, 64, 16, 64, 4, 3), band_gemm.Band(64, 64, 0, 32, 4, 2, 3)])
+@pytest.mark.parametrize(("m", "n", "k"), [(1, 2, 1), (40, 160, 128), (64, 192, 200), (130, 100, 96)])
+def test_bands(m: int, n: int, k: int, band: band_gemm.Band) -> None:
+    x, w = normal(m, k), normal(n, k, scale=k**-0.5)
+    want = x.double() @ w.double().T
+    parts = band_gemm.partial_products(x, PreparedWeight(w), band, poisoned(band.splits, m, n, dtype=torch.float32))
+    close(parts.sum(0), want)
+    if band.splits == 1:
+        gate, up = want.unflatten(1, (-1, 2)).unbind(2)
+        got = band_gemm.gate_up_silu(x, PreparedWeight(w), band, poisoned(m, n // 2))
+        close(got, torch.nn.functional.silu(gate) * up)
 
 
 @pytest.mark.parametrize("m", [1, 2, 20, 65, 128, 129])

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from llmkit_kernels.gemm import MOST_TOKENS
+from llmkit_kernels.gemm import MOST_OF_HEAD
 
 from llmkit.bench.kernels import attention, choosing, products
 from llmkit.bench.kernels.work import Inputs, Work
@@ -52,7 +52,7 @@ def cases(given: Inputs, sizes: Sizes) -> dict[str, Callable[[], Work]]:
     for count, length in sizes.prompts:
         found[f"attention-prefill-{count}x{length}"] = lambda s=count, n=length: attention.prefill(given, s, n)
     for m in batches:
-        if m <= MOST_TOKENS:
+        if m <= MOST_OF_HEAD:
             found[f"head-{m}"] = lambda m=m: products.head(given, m)
     for m in batches:
         found[f"penalise-{m}"] = lambda m=m: choosing.penalise(given, m)
