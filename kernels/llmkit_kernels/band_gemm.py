@@ -62,7 +62,7 @@ def plan(n: int, k: int, m: int) -> Band | None:
 @functools.lru_cache(4096)
 def plan_parts(n: int, k: int, m: int) -> Band | None:
     """Bands of a smaller weight [n, k] for m tokens, K divided such that all multiprocessors but a few have one; else None."""
-    if not _has_room(k) or m > 64 or n >= 16384 or k >= 8192 or n * k <= 8 << 20:
+    if not _has_room(k) or not 16 < m <= 64 or n >= 16384 or k >= 8192 or n * k <= 8 << 20:
         return None
     programs = lambda band: cdiv(n, band.rows) * band.splits
     return next((band for band in _PARTS if 0.9 * num_sms() <= programs(band) <= num_sms()), None)

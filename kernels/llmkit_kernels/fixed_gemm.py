@@ -14,7 +14,7 @@ from torch import Tensor
 
 from llmkit_kernels import band_gemm, gemm, wide_gemm
 from llmkit_kernels.gemm import MOST_TOKENS, Tile
-from llmkit_kernels.launch import is_hopper
+from llmkit_kernels.launch import cdiv, is_hopper, num_sms
 from llmkit_kernels.prepared import PreparedWeight
 from llmkit_kernels.wide_gemm import WideTile
 
@@ -30,6 +30,8 @@ def _few(n: int, k: int, m: int, splits: int) -> Tile:
     part = k // splits
     if m > 32 and gemm.is_deep(n, k) and part % 128 == 0:
         return replace(gemm.plan_deep(n, m), splits=splits)
+    if m > 64 and num_sms() < cdiv(n, 64) * splits < 1.25 * num_sms():  # little more than one round of programs; so half of one
+        return Tile(128, 64 if part % 64 == 0 else 32, 4, 6, splits)
     block_k = 128 if m <= 64 and part % 128 == 0 else 64 if part % 64 == 0 else 32
     stages = 4 if m <= 16 else 6 if m <= 32 else 3 if m <= 64 or n >= 16384 else 6 if n <= 4096 else 4
     return Tile(64, block_k, 4, stages, splits)

@@ -55,7 +55,8 @@ class TritonBackend:
     def _scratch(self, count: int, tables: Tensor) -> Scratch:
         """Where `count` sequences that decode leave partial results."""
         kv_heads, dim = self.kv_cache.shape[3], self.kv_cache.shape[5]
-        return decode_attention.DecodeScratch(count, self.heads, kv_heads, dim, tables.device)
+        cut = decode_attention.plan_decode(count, kv_heads, self.kv_cache.itemsize)
+        return decode_attention.DecodeScratch(count, self.heads, kv_heads, dim, tables.device, cut)
 
 
 Scratch = decode_attention.DecodeScratch | fixed_attention.Scratch

@@ -101,8 +101,9 @@ def attention() -> None:
     for dtype, (dim, cap) in itertools.product(stored, ((128, None), (256, None), (128, 50.0))):
         cache, tables = empty(10, 2, 64, dim, dtype=dtype), empty(128, 8, dtype=torch.int32)
         where, cos, ints = empty(128, dtype=torch.int64), empty(512, dim), empty(3, dtype=torch.int32)
-        for batch in (1, 128):
-            scratch = decode_attention.DecodeScratch(batch, 8, 2, dim, CPU)
+        for batch in (1, 64, 128):
+            cut = decode_attention.plan_decode(batch, 2, dtype.itemsize)
+            scratch = decode_attention.DecodeScratch(batch, 8, 2, dim, CPU, cut)
             qkv, out = empty(2, batch, 12 * dim, dtype=torch.float32), empty(batch, 8 * dim)
             paged = cache, cache, tables, where, where
             decode_attention.fused_decode(qkv, None, None, (cos, cos), *paged, 1.0, None, scratch, out, cap)

@@ -76,8 +76,8 @@ def test_on_a_hopper_multiprocessors_share_a_big_weight_out(monkeypatch, n, k, m
 
 @pytest.mark.parametrize(
     ("n", "k", "m", "band"),
-    [(4608, 3584, 1, (144, 4)), (6144, 4096, 64, (192, 4)), (9216, 3072, 32, (144, 2)), (3584, 3584, 32, None),
-     (4608, 3584, 65, None), (4096, 1024, 32, None), (3584, 18944, 32, None)],
+    [(4608, 3584, 17, (144, 4)), (4608, 3584, 16, None), (6144, 4096, 64, (192, 4)), (9216, 3072, 32, (144, 2)),
+     (3584, 3584, 32, None), (4608, 3584, 65, None), (4096, 1024, 32, None), (3584, 18944, 32, None)],
 )  # fmt: skip
 def test_on_a_hopper_they_share_a_smaller_one_in_parts(monkeypatch, n, k, m, band):
     monkeypatch.setattr(band_gemm, "is_hopper", lambda: True)

@@ -49,7 +49,7 @@ def test_what_float8_has_no_number_for_becomes_its_largest() -> None:
 
 
 @pytest.mark.parametrize("dim", [32, 128])
-@pytest.mark.parametrize("cut", [(1, 64, 1, 2), (4, 64, 1, 3, True)])
+@pytest.mark.parametrize("cut", [(1, 64, 1, 2), (4, 64, 1, 3, True), (2, 128, 1, 3)])
 def test_decoding(dim: int, cut: tuple[int, ...]) -> None:
     contexts = [1, 64, 65, 300, 200]
     batch = len(contexts)

@@ -134,9 +134,10 @@ def test_fused_decode(heads: int, kv_heads: int, dim: int, size: int, cut: tuple
     assert not scratch.arrivals.any()
 
 
+@pytest.mark.parametrize("itemsize", [1, 2])
 @pytest.mark.parametrize("kv_heads", [1, 2, 4, 8, 16])
-def test_every_batch_has_a_cut_whose_parts_the_kernel_adds_up(kv_heads: int) -> None:
-    cuts = [decode_attention.plan_decode(batch, kv_heads) for batch in range(1, 1025)]
+def test_every_batch_has_a_cut_whose_parts_the_kernel_adds_up(kv_heads: int, itemsize: int) -> None:
+    cuts = [decode_attention.plan_decode(batch, kv_heads, itemsize) for batch in range(1, 1025)]
     assert {c.splits for c in cuts} <= {1, 2, 3, 4, 8, 16}, "of others there is no power of two to pad them to"
     assert all(c.least >= 1 for c in cuts)
     assert cuts[-1].splits == 1, "many sequences are enough programs as they are"

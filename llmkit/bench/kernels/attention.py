@@ -24,7 +24,8 @@ def decode(given: Inputs, batch: int, context: int, stored: torch.dtype | None =
     k_cache, v_cache = k_cache.to(stored), v_cache.to(stored)
     positions = torch.full((batch,), context - 1, device=given.device)
     parts = given.normal(2, batch, given.qkv_width, dtype=torch.float32)
-    scratch = decode_attention.DecodeScratch(batch, c.num_heads, c.num_kv_heads, c.head_dim, given.device)
+    cut = decode_attention.plan_decode(batch, c.num_kv_heads, stored.itemsize)
+    scratch = decode_attention.DecodeScratch(batch, c.num_heads, c.num_kv_heads, c.head_dim, given.device, cut)
     out = given.poisoned(batch, c.num_heads * c.head_dim)
 
     def run(i: int) -> Tensor:
