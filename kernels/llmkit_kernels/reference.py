@@ -67,11 +67,11 @@ def kept(x: Tensor, dtype: torch.dtype) -> Tensor:
 def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, rows: Tensor) -> None:
     """Store k, v [T, G, D] at the rows that `kv_rows` gave."""
     for x, cache in ((k, k_cache), (v, v_cache)):
-        stored = _bytes(kept(x.reshape(-1, x.shape[-1]), cache.dtype))
-        _bytes(cache).view(-1, x.shape[-1]).index_copy_(0, rows, stored)
+        stored = as_bytes(kept(x.reshape(-1, x.shape[-1]), cache.dtype))
+        as_bytes(cache).view(-1, x.shape[-1]).index_copy_(0, rows, stored)
 
 
-def _bytes(x: Tensor) -> Tensor:
+def as_bytes(x: Tensor) -> Tensor:
     """The same memory as what torch can copy by index, which float8 on a CPU is not."""
     return x.view(torch.uint8) if x.dtype.itemsize == 1 else x
 
@@ -251,7 +251,7 @@ def paged_attention(
 
 def _gather(cache: Tensor, pairs: Tensor, heads: int) -> Tensor:
     """The cached rows of (block, head) pairs, [heads, keys, D]: whole blocks are copied, so this runs at memory speed."""
-    found = _bytes(cache).view(-1, cache.shape[2] * cache.shape[3]).index_select(0, pairs)
+    found = as_bytes(cache).view(-1, cache.shape[2] * cache.shape[3]).index_select(0, pairs)
     return found.view(cache.dtype).view(heads, -1, cache.shape[3])
 
 

@@ -83,14 +83,16 @@ def rope_cache(
     [T, H, D]. A token with a value that is not finite is stored with 0 in its place and keys of NaN.
 
     qkv: [T, H+2G, D], q is rotated in place; or fp32 partial products [S, T, H+2G, D], which are summed first, in order, and q
-    is a tensor of its own, of `dtype` or else the cache's. bias: [(H+2G)·D], still to be added. norms: q and k norm weights [D]
-    and eps, or None. tables: cos and sin [positions, D], sin's first half negated, or None. Reference: `rms_norm`, `rotate`,
-    `write_kv`.
+    is a tensor of its own, of `dtype` or else the cache's, which must not be float8 then. bias: [(H+2G)·D], still to be added.
+    norms: q and k norm weights [D] and eps, or None. tables: cos and sin [positions, D], sin's first half negated, or None.
+    Reference: `rms_norm`, `rotate`, `write_kv`.
     """
     splits = qkv.shape[0] if qkv.dim() == 4 else 1
     tokens, total, dim = qkv.shape[-3:]
     kv_heads, size = k_cache.shape[1:3]
     heads = total - 2 * kv_heads
+    if qkv.dim() == 4 and dtype is None and k_cache.itemsize == 1:
+        raise ValueError("a float8 cache does not say of which dtype the queries are: give dtype=")
     cos, sin = tables or (qkv, qkv)
     q_norm, k_norm, eps = norms or (qkv, qkv, 0.0)
     q = qkv[:, :heads] if qkv.dim() == 3 else torch.empty(tokens, heads, dim, dtype=dtype or k_cache.dtype, device=qkv.device)

@@ -173,6 +173,8 @@ def prepared(
     load = load_average()
     if args.against and not hasattr(args, "gpu_memory_utilization"):
         args.gpu_memory_utilization = 0.5  # on a GPU the others need room beside llmkit
+    if args.against and getattr(args, "kv_cache_dtype", "auto") != "auto":
+        raise ConfigError("--against: others keep keys in the model's dtype: other work", "drop --kv-cache-dtype")
     subject = Subject.of({"model": args.model} | engine_options(args), static_batch)
     say("measuring the machine's ceilings")
     steps = [Step(n, n) for n in dict.fromkeys(decodes)] + [Step(n, 1) for n in dict.fromkeys(prefills)]

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from llmkit_kernels.reference import as_bytes
 
 from llmkit import ops
 from llmkit.attention import create_backend
@@ -95,7 +96,7 @@ class Runner:
         self.passes: Passes = model
         shape = (c.num_layers, 2, num_blocks, c.num_kv_heads, rows.block_size, c.head_dim)
         self.kv_cache = _zeros(shape, model.kv_dtype, device)
-        self._blocks = self.kv_cache.view(torch.uint8) if model.kv_dtype.itemsize == 1 else self.kv_cache  # to clear and to copy
+        self._blocks = as_bytes(self.kv_cache)  # to clear and to copy
         self.backend = create_backend(self.kv_cache, model.rotary, c.num_heads, set(c.windows), model.attention)
         self.input_ids, self.positions, self.slot_mapping = torch.zeros(3, max_tokens, dtype=torch.int64, device=device).unbind(0)
         self.last_token = torch.zeros(len(rows.requests), dtype=torch.int64, device=device)

@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import json
 import sys
+from unittest.mock import Mock
 
 import pytest
 
@@ -13,7 +14,7 @@ import llmkit
 from llmkit import cli
 from llmkit.bench import fresh_process, h100, suite, workload
 from llmkit.bench.ceilings import Ceilings
-from llmkit.bench.engines import Loaded, known_options
+from llmkit.bench.engines import LOAD_SECONDS, Loaded, known_options
 from llmkit.bench.h100 import FULL, ROWS, SMALL, Bench, Clock, Measured, select
 from llmkit.bench.limits import Limits, ModelCost
 from llmkit.bench.suite import Suite, line, markdown
@@ -235,6 +236,16 @@ def test_a_budget_ends_the_runs_and_then_the_rows(monkeypatch, capsys):
     made._measure("llmkit", rows, None, None, None)  # type: ignore[arg-type]  # nothing is loaded
     assert "--budget" in made.results[0]["skipped"]
     assert "skipped: --budget" in capsys.readouterr().out
+
+
+def test_a_row_that_starts_engines_itself_is_given_the_time_they_take(monkeypatch):
+    monkeypatch.setattr("llmkit.bench.suite.version", lambda package: "0")
+    row = h100.Row("A-memory", "x", "MiB", 10, 5, 1, "A", lambda fresh: Measured(2.0, [2.0]), seconds=60, starts=3)
+    for package, seconds in (("llmkit", 60), ("vllm", 60 + 3 * LOAD_SECONDS["vllm"])):
+        for left, measured in ((seconds + 1, True), (seconds - 1, False)):
+            made = Suite([row], FULL, Clock(left), 1, None, {})
+            made._one(package, row, None, Mock(date="today"))
+            assert ("value" in made.results[0]) == measured
 
 
 def test_a_row_that_breaks_leaves_the_others(monkeypatch, tmp_path, capsys):

@@ -101,6 +101,13 @@ def test_prompts(dim: int, fixed: bool) -> None:
         _decoding_is_no_other(got_q, k_cache, v_cache, tables, positions, cu, want)
 
 
+def test_float8_does_not_say_what_the_queries_are() -> None:
+    parts, where = products(1, 32).unflatten(-1, (-1, 32)), torch.zeros(1, dtype=torch.int64, device=DEVICE)
+    k_cache, v_cache, _ = cache_of([1], KV_HEADS, 32, SIZE, FLOAT8)
+    with pytest.raises(ValueError, match="give dtype="):
+        rope_cache.rope_cache(parts, None, None, where, where, k_cache, v_cache)
+
+
 def _decoding_is_no_other(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, tables: Tensor, positions: Tensor, cu: Tensor, want: Tensor
 ) -> None:
