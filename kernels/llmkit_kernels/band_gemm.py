@@ -21,7 +21,7 @@ from llmkit_kernels.launch import begin, cdiv, descriptor, is_hopper, num_sms, p
 from llmkit_kernels.prepared import PreparedWeight
 from llmkit_kernels.wide_gemm import load
 
-MOST_TOKENS = 128
+MOST_TOKENS = 128  # of a band; further ones are further programs
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,8 @@ def plan(n: int, k: int, m: int) -> Band | None:
 
 @functools.lru_cache(4096)
 def plan_parts(n: int, k: int, m: int) -> Band | None:
-    """Bands of a smaller weight [n, k] for m tokens, K divided such that all multiprocessors but a few have one; else None."""
+    """Bands of a smaller weight [n, k] for m tokens, 17 to 64, K divided such that all multiprocessors but a few have one; else
+    None."""
     if not _has_room(k) or not 16 < m <= 64 or n >= 16384 or k >= 8192 or n * k <= 8 << 20:
         return None
     programs = lambda band: cdiv(n, band.rows) * band.splits
@@ -121,12 +122,15 @@ def _launch(x: Tensor, w: PreparedWeight, out: Tensor, band: Band, silu: bool) -
 
 
 def partial_products(x: Tensor, w: PreparedWeight, band: Band, out: Tensor | None = None) -> Tensor:
-    """x · Wᵀ as fp32 partial results [splits, M, N], whose sum over the first is the product."""
+    """x [M, K] · W [N, K]ᵀ as fp32 partial results [splits, M, N], whose sum over the first is the product, of any M. Reference:
+    `torch.nn.functional.linear`."""
     out = torch.empty(band.splits, x.shape[0], w.weight.shape[0], dtype=torch.float32, device=x.device) if out is None else out
     return _launch(x, w, out, band, silu=False)
 
 
 def gate_up_silu(x: Tensor, w: PreparedWeight, band: Band, out: Tensor | None = None) -> Tensor:
-    """silu(x·gateᵀ) · (x·upᵀ), [M, I], for W [2·I, K] whose rows are gate 0, up 0, gate 1, up 1, ...; K undivided."""
+    """silu(x·gateᵀ) · (x·upᵀ), [M, I], for W [2·I, K] whose rows are gate 0, up 0, gate 1, up 1, ...; any M, but a band
+    with K undivided. Reference: `torch.nn.functional.linear`, then `reference.silu_mul` of its gates and ups."""
+    assert band.splits == 1, "parts of a sum cannot be activated"
     out = torch.empty(x.shape[0], w.weight.shape[0] // 2, dtype=x.dtype, device=x.device) if out is None else out
     return _launch(x, w, out, band, silu=True)

@@ -5,7 +5,7 @@ Shapes as in reference.py: caches [num_blocks, G, block_size, D]; a block table 
 Query heads that share a key head are rows of one tile, so a key is read once for all of them. A sequence's keys are cut into
 parts, so that few sequences fill the GPU (Flash-Decoding); whoever finishes the last part of a head adds them up, always in the
 same order. Programs start in the order of the batch: with the longest sequences first, none keeps the GPU waiting at the end.
-Caches may be float8, half the bytes; what is read from them is multiplied in float16, by a GPU.
+Caches may be float8, half the bytes; what is read from them is multiplied in float16, by queries of bfloat16, too.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from llmkit_kernels.launch import cdiv, finite, kept, next_power_of_2, num_sms, pdl, shared_memory
+from llmkit_kernels.launch import cdiv, finite, in_float16, kept, next_power_of_2, num_sms, pdl, shared_memory
 from llmkit_kernels.soft_cap import log2_scores
 
 _GROUP = tl.constexpr(4)  # partial results that are read at once
@@ -59,13 +59,6 @@ def _finish_pair(
         c, s = cos.to(tl.float32)[None, :], sin.to(tl.float32)[None, :]
         a, b = a * c - b * s, b * c + a * s
     return a.to(DTYPE), b.to(DTYPE)
-
-
-@triton.jit
-def _in_float16(x):
-    """Its largest number in place of larger ones; a NaN stays one."""
-    x = x.to(tl.float32)
-    return tl.where(x > 65504.0, 65504.0, tl.where(x < -65504.0, -65504.0, x)).to(tl.float16)
 
 
 @triton.jit
@@ -185,7 +178,7 @@ def _decode_part(
         tl.store(v_cache + row1 + dims, tl.where(finite(v1), v1, 0.0).to(CACHE))
 
     if WIDE != DTYPE:
-        qa, qb = _in_float16(qa), _in_float16(qb)
+        qa, qb = in_float16(qa), in_float16(qb)
     hi = tl.minimum(lo + per_part * KEYS, position)
     if AHEAD:  # a tile's block is looked up while the tile before it is computed, so that its keys can be sent for early
         near = tl.load(table + lo // BLOCK_SIZE)
@@ -265,9 +258,9 @@ class Cut:
     """How a batch's keys are cut: parts of a sequence at most, keys of a tile, tiles of a part at least, stages of the pipeline,
     whether a tile's block is looked up one tile ahead.
 
-    Fixed by the size of the batch alone, so that results repeat. Measured on an H100: few sequences want a program on each
-    multiprocessor, with much under way; many sequences want four there, each with a tile under way (the registers allow no
-    more, and five were slower).
+    Fixed by the size of the batch and the cache's dtype, so that results repeat. Measured on an H100: few sequences want a
+    program on each multiprocessor, with much under way; many sequences want four there, each with a tile under way (the
+    registers allow no more, and five were slower).
     """
 
     splits: int
@@ -288,7 +281,7 @@ def plan_decode(batch: int, kv_heads: int, itemsize: int = 2) -> Cut:
     tile is as large as of 64 of two."""
     heads = batch * kv_heads
     if itemsize == 1 and heads >= 128:  # an H200 read Qwen2-7B's keys at 128 x 2,048 in 104 µs, by tiles of 64 in 133
-        return Cut(2, 128, 1, 3) if heads < 192 else Cut(1, 128, 1, 2)
+        return Cut(2, 128, 1, 3) if heads < 192 else Cut(2, 128, 16, 2) if heads < 528 else Cut(1, 128, 1, 2)
     if heads < 64:
         return Cut(min(16, next_power_of_2(cdiv(3 * num_sms(), 4 * heads))), 64, 1, 3, ahead=True)
     if heads < 192:

@@ -2,7 +2,8 @@
 
 A tensor core adds a row's products to its fp32 accumulator in the order of K, sixteen at a time, whatever the shape of the tile
 around it (on an H100 mma.sync and wgmma gave the same bits for all tiles that were tried). So tiles may suit the number of
-tokens, if only K is cut at the same places, which here depend on the weight alone, and the parts are added in the same order.
+tokens, if only K is cut at the same places, which here depend on the weight and the GPU alone, and the parts are added in the
+same order.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """Products of a few tokens with a big weight, where memory speed is the limit: up to some 128 rows of x against W [N, K].
 
-The weight's rows take the tensor core's wide side (swap-AB: Wx, not xWᵀ), so that its instructions are full even at one token,
-and K is split over several programs where N alone does not fill the GPU. The splits' fp32 partial results are not added here
-but by the next kernel, in a fixed order: a result never depends on timing. `plan` fixes the tile sizes per shape; nothing is
-tuned at run time. More tokens are right, too, but mostly slower than `torch.nn.functional.linear`: `beats_cublas` knows.
+The weight's rows take the tensor core's wide side (swap-AB: Wx, not xWᵀ), so that its instructions are full even at one token;
+from some tens of tokens on big weights are shared out otherwise (`band_gemm`). K is split over several programs where N alone
+does not fill the GPU. The splits' fp32 partial results are not added here but by the next kernel, in a fixed order: a result
+never depends on timing. `plan` fixes the tile sizes per shape; nothing is tuned at run time. More tokens are right, too, but
+mostly slower than `torch.nn.functional.linear`: `beats_cublas` knows.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from llmkit_kernels import activation, band_gemm, wide_gemm
 from llmkit_kernels.launch import begin, cdiv, descriptor, num_sms, pdl, shared_memory, stages_that_fit, widest
 from llmkit_kernels.prepared import PreparedWeight
 
-MOST_TOKENS = 128  # of one tile; further ones are further programs
+MOST_TOKENS = band_gemm.MOST_TOKENS  # of one tile; further ones are further programs
 MOST_OF_HEAD = 64  # tokens whose logits are computed sooner here than by cuBLAS
 _SMALL = 16 << 20  # bytes of a weight whose read is over before the launch of its kernel is
 
@@ -84,17 +85,24 @@ def plan(n: int, k: int, m: int) -> Tile:
 
 
 def is_deep(n: int, k: int) -> bool:
-    """Whether a weight [n, k] has so many columns and so few rows that K has to be divided."""
+    """Whether a weight [n, k] has many columns for its rows: the first thing to divide is K."""
     return k >= 8192 and n < 16384
 
 
+@functools.lru_cache(1024)
 def plan_deep(n: int, m: int) -> Tile:
-    """More than 32 tokens and a deep weight of n rows: as many programs as the GPU's multiprocessors can take at once, of 64
-    rows or, if that makes more of them, of 128."""
-    splits = {rows: max(1, min(5, num_sms() // cdiv(n, rows))) for rows in (64, 128)}
-    if cdiv(n, 64) * splits[64] >= cdiv(n, 128) * splits[128]:
-        return Tile(64, 128, 4, 4 if m > 64 else 6, splits[64])
-    return Tile(128, 64, 4, 6, splits[128]) if m > 64 else Tile(128, 128, 4, 3, splits[128])
+    """More than 32 tokens and a deep weight of n rows: programs of 64 or 128 rows and a part of K, such that the busiest
+    multiprocessor, which takes one at a time, has the least to read; in few rounds and few parts, if there is a choice."""
+
+    def cost(cut: tuple[int, int]) -> tuple[float, int, int, int]:
+        rows, splits = cut
+        rounds = cdiv(cdiv(n, rows) * splits, num_sms())
+        return rounds * rows / splits, rounds, splits, rows
+
+    rows, splits = min(((rows, splits) for rows in (64, 128) for splits in range(1, 6)), key=cost)
+    if rows == 64:
+        return Tile(64, 128, 4, 4 if m > 64 else 6, splits)
+    return Tile(128, 64, 4, 6, splits) if m > 64 else Tile(128, 128, 4, 3, splits)
 
 
 def _plan_many(n: int, k: int, m: int, block_k: int) -> Tile:
@@ -239,10 +247,10 @@ def _launch(x: Tensor, w: PreparedWeight, out: Tensor, tile: Tile, silu: bool) -
 
 
 def partial_products(x: Tensor, w: PreparedWeight, out: Tensor | None = None, tile: Tile | None = None) -> Tensor:
-    """x [M, K] · W [N, K]ᵀ as fp32 partial results [S, M, N], whose sum over S is the product."""
+    """x [M, K] · W [N, K]ᵀ as fp32 partial results [S, M, N], whose sum over S is the product. out: of a given tile's splits."""
     (m, k), n = x.shape, w.weight.shape[0]
-    if tile is None and (band := band_gemm.plan_parts(n, k, m)):
-        return band_gemm.partial_products(x, w, band, out)
+    if tile is None and out is None and (band := band_gemm.plan_parts(n, k, m)):
+        return band_gemm.partial_products(x, w, band)
     tile = tile or plan(n, k, m)
     out = torch.empty(tile.splits, m, n, dtype=torch.float32, device=x.device) if out is None else out
     return _launch(x, w, out, tile, silu=False)

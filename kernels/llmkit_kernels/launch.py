@@ -72,6 +72,13 @@ def kept(x, CACHE: tl.constexpr):
     return x.to(CACHE)
 
 
+@triton.jit
+def in_float16(x):
+    """x in float16, whose largest number stands for larger ones; what is not finite becomes NaN."""
+    within = tl.where(x > 65504.0, 65504.0, tl.where(x < -65504.0, -65504.0, x.to(tl.float32)))
+    return tl.where(finite(x), within, float("nan")).to(tl.float16)
+
+
 @functools.cache
 def num_sms() -> int:
     """Multiprocessors of the current GPU; without one, as many as an H100 has."""

@@ -44,7 +44,7 @@ def plan(n: int, k: int, m: int) -> WideTile | None:
         return None
     if m <= 192:
         return WideTile(64, 256, 64, 4, 4)
-    if m <= 256 and memory_speed() < 4e12:  # an H200 feeds cuBLAS better
+    if m <= 256 and memory_speed() < 4.5e12:  # an H200 feeds cuBLAS better
         return WideTile(128, 128, 64, 8, 6)
     if m < 448:
         return None

@@ -173,8 +173,7 @@ def prepared(
     load = load_average()
     if args.against and not hasattr(args, "gpu_memory_utilization"):
         args.gpu_memory_utilization = 0.5  # on a GPU the others need room beside llmkit
-    if args.against and getattr(args, "kv_cache_dtype", "auto") != "auto":
-        raise ConfigError("--against: others keep keys in the model's dtype: other work", "drop --kv-cache-dtype")
+    _check_same_work(args)
     subject = Subject.of({"model": args.model} | engine_options(args), static_batch)
     say("measuring the machine's ceilings")
     steps = [Step(n, n) for n in dict.fromkeys(decodes)] + [Step(n, 1) for n in dict.fromkeys(prefills)]
@@ -187,6 +186,11 @@ def prepared(
             contenders.append(CONTENDERS[name](subject))
             stack.callback(contenders[-1].close)
         yield Bench(subject, ceilings, limits, contenders, load)
+
+
+def _check_same_work(args: argparse.Namespace) -> None:
+    if args.against and getattr(args, "kv_cache_dtype", "auto") != "auto":
+        raise ConfigError("--against: others keep keys in the model's dtype: other work", "drop --kv-cache-dtype")
 
 
 def names(args: argparse.Namespace) -> list[str]:
@@ -227,6 +231,7 @@ def _startup(args: argparse.Namespace) -> None:
     from llmkit.bench.startup import measure_startup
 
     check_folders(args, "json")
+    _check_same_work(args)
     load = load_average()
     rows, facts = measure_startup({"model": args.model} | engine_options(args), names(args)[1:], args.repeat)
     machine = Machine.here(facts["threads"], facts["gpu"] if facts["device"] != "cpu" else None, tuple(names(args)[1:]))

@@ -211,7 +211,7 @@ def prefix(kind: str) -> Callable[[Bench], Measured]:
 @dataclass(frozen=True)
 class Row:
     """One figure. engine: the model, then "@" and its context, then "+" and its quantisation; without a context it is measured in
-    processes of its own. seconds: about how long it takes on an H100. starts: how many engines it loads itself."""
+    processes of its own. seconds: about how long it takes on an H100. starts: about how many engines it loads itself."""
 
     name: str
     what: str
@@ -258,7 +258,7 @@ def _rows() -> list[Row]:
         *(Row(f"B-decode-{n}", f"decode, batch {n}", "ms", *g, b, decode(n)) for n, g in goals_b.items()),
         Row("B-nano", "256 sequences, in and out 100..1024", "tok/s", 18_450, 22_000, 24_500, b, throughput(nano), 40),
         Row("A-ready-cold", "import + LLM(...), no compiled kernels", "s", 104.7, 12, 6, "A", ready("cold"), 40, 1),
-        Row("A-ready-warm", "import + LLM(...), kernels compiled before", "s", 58.3, 12, 6, "A", ready("warm"), 60, 3),
+        Row("A-ready-warm", "import + LLM(...), kernels compiled before", "s", 58.3, 12, 6, "A", ready("warm"), 60, 4),
         Row("A-memory", "GPU memory above before, after closing", "MiB", 73_155, 300, 100, "A", memory, 60, 3),
     ]
 

@@ -1,8 +1,8 @@
 """The forward pass of `deterministic=True`: every row's numbers have the same bits whatever stands beside it.
 
 Batch of 1 or of 128, prompt in one piece, in chunks, or found in the prefix cache: products cut K at places that depend on the
-weight alone, attention adds its keys up in chunks at fixed places, and every other kernel (norms, rotation) is the same one for
-decoding and for prompts, one program a row.
+weight and the GPU alone, attention adds its keys up in chunks at fixed places, and every other kernel (norms, rotation) is the
+same one for decoding and for prompts, one program a row.
 """
 
 from __future__ import annotations

@@ -103,6 +103,7 @@ def test_wrong_usage(argv, message, capsys):
     (["throughput", "--workload", "nano", "--num-prompts", "257"], "nano has 256 requests, not 257"),
     (["startup", "--json", "no/such/folder/x.json"], "the folder does not exist"),
     (["throughput", "--against", "transformers", "--kv-cache-dtype", "fp8"], "other work\n  -> drop --kv-cache-dtype"),
+    (["startup", "--against", "transformers", "--kv-cache-dtype", "fp8"], "other work\n  -> drop --kv-cache-dtype"),
 ])
 def test_what_cannot_be_measured_is_said_before_anything_is_loaded(argv, message, capsys):
     code, _, err = run(capsys, *argv)

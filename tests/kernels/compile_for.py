@@ -63,7 +63,8 @@ def pretend(found: dict[str, int]) -> None:
         found[self.__name__] = max(found.get(self.__name__, 0), kernel.metadata.shared)
 
     JITFunction.run = run
-    for module in (launch, band_gemm, decode_attention, fixed_attention, gemm, prefill_attention, prepared, sampling, wide_gemm):
+    for module in (launch, band_gemm, decode_attention, fixed_attention, fixed_gemm, gemm, prefill_attention, prepared, sampling,
+                   wide_gemm):
         for name, value in (("is_hopper", LIMITS[ARCHITECTURE] > 200_000), ("shared_memory", LIMITS[ARCHITECTURE]),
                             ("capability", ARCHITECTURE // 10)):  # fmt: skip
             if hasattr(module, name):
@@ -89,9 +90,12 @@ def products() -> None:
     for n, k, m in itertools.product((37888, 28672, 24576), (4096,), (48, 128)):
         band = band_gemm.plan(n, k, m) or band_gemm.Band(64, 64, 16, 32, 4, 2)
         band_gemm.gate_up_silu(empty(m, k), PreparedWeight(empty(n, k)), band)
-    for n, k in ((4608, 3584), (3584, 18944), (4096, 1024), (32000, 1024)):
+    for n, k in ((4608, 3584), (3584, 18944), (5120, 27648), (1536, 8960), (4096, 1024), (32000, 1024)):
         for m in (1, 32, 64, 128, 200, 5000):
             fixed_gemm.product(empty(m, k), PreparedWeight(empty(n, k)))
+    for m in (1, 48, 128):
+        fixed_gemm.logits(empty(m, 1024), PreparedWeight(empty(32000, 1024)))
+        fixed_gemm.gate_up_silu(empty(m, 3584), PreparedWeight(empty(37888, 3584)))
     for m in (1, 128):
         gemm.logits(empty(m, 1024), PreparedWeight(empty(32000, 1024)))
 

@@ -70,6 +70,7 @@ def test_on_a_hopper_every_planned_tile_is_taken_as_it_is(monkeypatch):
 )  # fmt: skip
 def test_on_a_hopper_multiprocessors_share_a_big_weight_out(monkeypatch, n, k, m, band):
     monkeypatch.setattr(band_gemm, "is_hopper", lambda: True)
+    monkeypatch.setattr(band_gemm, "num_sms", lambda: 132)
     found = band_gemm.plan.__wrapped__(n, k, m)
     assert (found and (found.rows, found.splits)) == band
 
@@ -81,13 +82,18 @@ def test_on_a_hopper_multiprocessors_share_a_big_weight_out(monkeypatch, n, k, m
 )  # fmt: skip
 def test_on_a_hopper_they_share_a_smaller_one_in_parts(monkeypatch, n, k, m, band):
     monkeypatch.setattr(band_gemm, "is_hopper", lambda: True)
+    monkeypatch.setattr(band_gemm, "num_sms", lambda: 132)
     found = band_gemm.plan_parts.__wrapped__(n, k, m)
     assert (found and (found.rows, found.splits)) == band
 
 
 @pytest.mark.parametrize(
-    ("n", "tile"), [(3584, (64, 2)), (4096, (64, 2)), (5120, (128, 3)), (2560, (64, 3)), (2048, (64, 4)), (8192, (64, 1))]
-)
-def test_a_deep_weight_fills_one_round(n, tile):
+    ("n", "sms", "tile"),
+    [(3584, 132, (64, 2)), (4096, 132, (64, 2)), (5120, 132, (128, 3)), (2560, 132, (64, 3)), (2048, 132, (64, 4)),
+     (8192, 132, (64, 1)), (3584, 82, (64, 4)), (5120, 78, (128, 5))],
+)  # fmt: skip
+def test_a_deep_weight_is_cut_so_that_programs_end_together(monkeypatch, n, sms, tile):
+    monkeypatch.setattr(gemm, "num_sms", lambda: sms)
     for m in (33, 64, 65, 128):
-        assert (gemm.plan_deep(n, m).block_n, gemm.plan_deep(n, m).splits) == tile
+        found = gemm.plan_deep.__wrapped__(n, m)
+        assert (found.block_n, found.splits) == tile

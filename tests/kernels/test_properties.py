@@ -440,6 +440,31 @@ def test_fixed_products(case: Product, k: int | None) -> None:
     near(logits, want, case.dtype)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not ON_GPU, reason="an interpreter's sums have another order")
+@pytest.mark.parametrize(
+    ("run", "n", "k"),
+    [(fixed_gemm.product, 5120, 27648), (fixed_gemm.product, 1536, 8960), (fixed_gemm.product, 3584, 18944),
+     (fixed_gemm.product, 4608, 3584), (fixed_gemm.gate_up_silu, 37888, 3584), (fixed_gemm.gate_up_silu, 9728, 896),
+     (fixed_gemm.logits, 32000, 1024)],
+)  # fmt: skip
+def test_a_row_has_the_same_bits_among_any_number(run: Any, n: int, k: int) -> None:
+    """At the shapes of models, each of which takes other tiles at other numbers of tokens."""
+    torch.manual_seed(0)
+    x, weight = normal(800, k, dtype=torch.bfloat16), PreparedWeight(normal(n, k, scale=k**-0.5, dtype=torch.bfloat16))
+
+    def first(m: int) -> Tensor:
+        y = run(x[:m], weight)
+        total = y[0].clone() if y.dim() == 2 else y[0, 0].clone()
+        for part in y[1:] if y.dim() == 3 else ():  # in order, as the next kernel adds them
+            total += part[0]
+        return total
+
+    alone = first(1)
+    for m in (2, 16, 17, 33, 64, 65, 96, 128, 129, 200, 800):
+        assert torch.equal(first(m), alone), m
+
+
 @examples(25)
 @given(products())
 def test_logits(case: Product) -> None:

@@ -23,6 +23,7 @@ from llmkit_kernels import (
     sampling,
     wide_gemm,
 )
+from llmkit_kernels.launch import in_float16
 from llmkit_kernels.prepared import PreparedWeight
 from llmkit_kernels.soft_cap import log2_scores
 
@@ -92,6 +93,22 @@ def test_bands(m: int, n: int, k: int, band: band_gemm.Band) -> None:
         gate, up = want.unflatten(1, (-1, 2)).unbind(2)
         got = band_gemm.gate_up_silu(x, PreparedWeight(w), band, poisoned(m, n // 2))
         close(got, torch.nn.functional.silu(gate) * up)
+
+
+def test_a_planned_band_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(band_gemm, "is_hopper", lambda: True)
+    monkeypatch.setattr(band_gemm, "num_sms", lambda: 64)
+    taken: list[band_gemm.Band] = []
+    launch = band_gemm._launch
+    monkeypatch.setattr(band_gemm, "_launch", lambda *args, **kw: (taken.append(args[3]), launch(*args, **kw))[1])
+    m, n, k = 33, 16384, 64
+    x, w = normal(m, k), normal(n, k, scale=k**-0.5)
+    gate, up = (x.double() @ w.double().T).unflatten(1, (-1, 2)).unbind(2)
+    close(gemm.gate_up_silu(x, PreparedWeight(w)), torch.nn.functional.silu(gate) * up)
+    m, n, k = 17, 2304, 4096
+    x, w = normal(m, k), normal(n, k, scale=k**-0.5)
+    close(gemm.partial_products(x, PreparedWeight(w)).sum(0), x.double() @ w.double().T)
+    assert [(band.rows, band.splits) for band in taken] == [(256, 1), (144, 4)]
 
 
 @pytest.mark.parametrize("m", [1, 2, 20, 65, 128, 129])
@@ -273,6 +290,20 @@ def test_silu_mul_pairs(width: int) -> None:
     x = normal(3, 2 * width)
     gate, up = x.double().unflatten(1, (-1, 2)).unbind(2)
     close(activation.silu_mul_pairs(x), torch.nn.functional.silu(gate) * up)
+
+
+@triton.jit
+def _halves(x, out):
+    places = tl.arange(0, 8)
+    tl.store(out + places, in_float16(tl.load(x + places)))
+
+
+def test_a_number_beyond_float16_becomes_its_largest() -> None:
+    inf, nan = float("inf"), float("nan")
+    x = torch.tensor([0.0, -1.5, 65504.0, 1e6, -1e30, inf, -inf, nan], device=DEVICE)
+    want = torch.tensor([0.0, -1.5, 65504.0, 65504.0, -65504.0, nan, nan, nan], device=DEVICE)
+    _halves[(1,)](x, out := poisoned(8, dtype=torch.float16))  # type: ignore[arg-type]
+    torch.testing.assert_close(out.float(), want, equal_nan=True)
 
 
 @triton.jit
