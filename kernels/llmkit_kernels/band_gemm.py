@@ -19,7 +19,7 @@ from torch import Tensor
 
 from llmkit_kernels.launch import begin, cdiv, descriptor, is_hopper, num_sms, pdl
 from llmkit_kernels.prepared import PreparedWeight
-from llmkit_kernels.wide_gemm import load
+from llmkit_kernels.wide_gemm import finish, load
 
 MOST_TOKENS = 128  # of a band; further ones are further programs
 
@@ -73,20 +73,6 @@ def _has_room(k: int) -> bool:
     return is_hopper() and k % 8 == 0  # TMA wants rows that begin at 16 bytes
 
 
-@triton.jit
-def _store(acc, out, row, split, token, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SILU: tl.constexpr):
-    """acc [BLOCK_M, BLOCK_N]; SILU: of pairs of columns, gate and up, silu(gate) · up."""
-    tokens = token + tl.arange(0, BLOCK_M)[:, None]
-    if SILU:
-        gate, up = tl.split(tl.reshape(acc, [BLOCK_M, BLOCK_N // 2, 2]))
-        columns = row // 2 + tl.arange(0, BLOCK_N // 2)[None, :]
-        inside = (tokens < M) & (columns < N // 2)
-        tl.store(out + tokens.to(tl.int64) * (N // 2) + columns, gate * tl.sigmoid(gate) * up, mask=inside)
-    else:
-        columns = row + tl.arange(0, BLOCK_N)[None, :]
-        tl.store(out + (split * M + tokens).to(tl.int64) * N + columns, acc, mask=(tokens < M) & (columns < N))
-
-
 @triton.jit(do_not_specialize=["M"])
 def _band_product(
     x, x_desc, w, w_desc, w_desc2, out, M, N, K, K_TILES, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_N2: tl.constexpr,
@@ -103,9 +89,10 @@ def _band_product(
         acc = tl.dot(hidden, tl.trans(load(w, w_desc, row, k, N, K, BLOCK_N, BLOCK_K, TMA)), acc)
         if BLOCK_N2 > 0:
             acc2 = tl.dot(hidden, tl.trans(load(w, w_desc2, row + BLOCK_N, k, N, K, BLOCK_N2, BLOCK_K, TMA)), acc2)
+    part = out + split.to(tl.int64) * M * N
     if BLOCK_N2 > 0:
-        _store(acc2, out, row + BLOCK_N, split, token, M, N, BLOCK_M, BLOCK_N2, SILU)
-    _store(acc, out, row, split, token, M, N, BLOCK_M, BLOCK_N, SILU)
+        finish(acc2, part, part, token, row + BLOCK_N, M, N, BLOCK_M, BLOCK_N2, SILU, False)
+    finish(acc, part, part, token, row, M, N, BLOCK_M, BLOCK_N, SILU, False)
 
 
 def _launch(x: Tensor, w: PreparedWeight, out: Tensor, band: Band, silu: bool) -> Tensor:

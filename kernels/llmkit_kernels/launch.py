@@ -75,7 +75,8 @@ def kept(x, CACHE: tl.constexpr):
 @triton.jit
 def in_float16(x):
     """x in float16, whose largest number stands for larger ones; what is not finite becomes NaN."""
-    within = tl.where(x > 65504.0, 65504.0, tl.where(x < -65504.0, -65504.0, x.to(tl.float32)))
+    x = x.to(tl.float32)  # first: a bfloat16 is compared with 65,536, the next that it has
+    within = tl.where(x > 65504.0, 65504.0, tl.where(x < -65504.0, -65504.0, x))
     return tl.where(finite(x), within, float("nan")).to(tl.float16)
 
 

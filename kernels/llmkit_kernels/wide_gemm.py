@@ -86,6 +86,20 @@ def _store(out, out_desc, value, token, column, M, N, BLOCK_M: tl.constexpr, BLO
         tl.store(out + tokens.to(tl.int64) * N + columns, value, mask=(tokens < M) & (columns < N))
 
 
+@triton.jit
+def finish(
+    acc, out, out_desc, token, row, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SILU: tl.constexpr, TMA: tl.constexpr
+):  # fmt: skip
+    """Store acc [BLOCK_M, BLOCK_N] in out [M, N] from (token, row) on; SILU: in out [M, N/2], of pairs of columns, gate and up,
+    silu(gate) · up."""
+    if SILU:
+        gate, up = tl.split(tl.reshape(acc, [BLOCK_M, BLOCK_N // 2, 2]))
+        value = (gate * tl.sigmoid(gate) * up).to(out.dtype.element_ty)
+        _store(out, out_desc, value, token, row // 2, M, N // 2, BLOCK_M, BLOCK_N // 2, TMA)
+    else:
+        _store(out, out_desc, acc, token, row, M, N, BLOCK_M, BLOCK_N, TMA)
+
+
 @triton.jit(do_not_specialize=["M"])
 def _wide_product(
     x, x_desc, w, w_desc, out, out_desc, M, N, K, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -102,12 +116,7 @@ def _wide_product(
         for split in tl.static_range(1, SPLITS):
             total += _accumulate(
                 x, x_desc, w, w_desc, token, row, split * each, (split + 1) * each, M, N, K, BLOCK_M, BLOCK_N, BLOCK_K, TMA)
-        if SILU:
-            gate, up = tl.split(tl.reshape(total, [BLOCK_M, BLOCK_N // 2, 2]))
-            value = (gate * tl.sigmoid(gate) * up).to(out.dtype.element_ty)
-            _store(out, out_desc, value, token, row // 2, M, N // 2, BLOCK_M, BLOCK_N // 2, TMA)
-        else:
-            _store(out, out_desc, total, token, row, M, N, BLOCK_M, BLOCK_N, TMA)
+        finish(total, out, out_desc, token, row, M, N, BLOCK_M, BLOCK_N, SILU, TMA)
 
 
 def _launch(x: Tensor, w: PreparedWeight, out: Tensor, tile: WideTile, splits: int, silu: bool) -> Tensor:

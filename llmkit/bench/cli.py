@@ -189,6 +189,7 @@ def prepared(
 
 
 def _check_same_work(args: argparse.Namespace) -> None:
+    """ConfigError where llmkit would keep a cache that nobody else does."""
     if args.against and getattr(args, "kv_cache_dtype", "auto") != "auto":
         raise ConfigError("--against: others keep keys in the model's dtype: other work", "drop --kv-cache-dtype")
 

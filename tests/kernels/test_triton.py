@@ -298,10 +298,11 @@ def _halves(x, out):
     tl.store(out + places, in_float16(tl.load(x + places)))
 
 
-def test_a_number_beyond_float16_becomes_its_largest() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_number_beyond_float16_becomes_its_largest(dtype: torch.dtype) -> None:
     inf, nan = float("inf"), float("nan")
-    x = torch.tensor([0.0, -1.5, 65504.0, 1e6, -1e30, inf, -inf, nan], device=DEVICE)
-    want = torch.tensor([0.0, -1.5, 65504.0, 65504.0, -65504.0, nan, nan, nan], device=DEVICE)
+    x = torch.tensor([0.0, -1.5, 65280.0, 65536.0, -1e30, inf, -inf, nan], device=DEVICE, dtype=dtype)
+    want = torch.tensor([0.0, -1.5, 65280.0, 65504.0, -65504.0, nan, nan, nan], device=DEVICE)
     _halves[(1,)](x, out := poisoned(8, dtype=torch.float16))  # type: ignore[arg-type]
     torch.testing.assert_close(out.float(), want, equal_nan=True)
 
